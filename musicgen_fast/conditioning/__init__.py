@@ -1,0 +1,199 @@
+"""From texts and waveforms to what the transformer sees: a prefix or cross-attention states per request and branch.
+
+`Conditioner` makes the `Conditions` of `state.py`. The padding rules of the references live here and nowhere else: a decoder attends to exactly
+the states that it is given.
+
+    isolated (default)  every request is padded to the longest text among its own branches; padding of cross-attention
+                        is not attended at all. What transformers does; equal to audiocraft at batch 1.
+    audiocraft          every row is padded with zero vectors to the longest text of the batch, and they are attended.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..config import ModelConfig
+from ..model import Transformer
+from ..state import Branch, Conditions
+
+COMPAT = ("isolated", "audiocraft")
+
+
+class WavCondition(NamedTuple):
+    """A waveform as a condition (audiocraft's fields). wav [1, C, n]; `length` 0 or a single sample mean "none"."""
+
+    wav: Tensor
+    length: Tensor
+    sample_rate: list[int]
+    path: list[str | None] = []
+    seek_time: list[float | None] = []
+
+
+@dataclass
+class ConditioningAttributes:
+    """What one request asks for: audiocraft's class as far as MusicGen uses it."""
+
+    text: dict[str, str | None] = field(default_factory=dict)
+    wav: dict[str, WavCondition] = field(default_factory=dict)
+
+
+class Conditioner:
+    """Encodes the conditions of a model. Parts that a model lacks are None; so is a text encoder that was not found.
+
+    Args:
+        text: `TextEncoder`, its states projected here by the transformer's `text_proj`.
+        style: `StyleConditioner`; the chromagram needs no module of its own.
+    """
+
+    def __init__(self, config: ModelConfig, transformer: Transformer, text=None, style=None, separate: bool = True):
+        self.config = config
+        self.transformer = transformer
+        self.text = text
+        self.style = style
+        self.separate = separate  # melody: take vocals and other by demucs, or the mix as it is
+
+    # -- text -------------------------------------------------------------------------------------------------------
+
+    def encode_text(self, text: str | None) -> Tensor | None:
+        """[n, d] states of one text, projected; None for an empty one (its states are zeros, one position long)."""
+        if not text:
+            return None
+        if self.text is None:
+            raise ValueError(
+                "this model was loaded without its text encoder; pass text_encoder= (a folder or hub id of the T5) "
+                "to get_pretrained, or generate unconditionally"
+            )
+        states = self.text.encode(text)
+        projection = self.transformer.text_proj
+        states = states.to(self.transformer.norm.weight.device)
+        return states if projection is None else projection(states)
+
+    def _zeros(self, length: int) -> Tensor:
+        return torch.zeros(length, self.config.dim, device=self.transformer.norm.weight.device)
+
+    def _padded(self, states: Tensor | None, length: int) -> Tensor:
+        states = self._zeros(1) if states is None else states
+        return torch.cat([states, self._zeros(length - len(states))]) if len(states) < length else states
+
+    # -- waveforms --------------------------------------------------------------------------------------------------
+
+    def encode_melody(self, wav: Tensor | None, sample_rate: int, seed: int | None = None) -> Tensor:
+        """Chroma prefix [chroma_length, d] of a waveform [C, n]; None gives the null melody (pitch class C throughout)."""
+        from .melody import melody_chroma, null_chroma
+
+        assert self.config.melody is not None and self.transformer.melody_proj is not None
+        device = self.transformer.norm.weight.device
+        if wav is None:
+            chroma = null_chroma(self.config.melody)
+        else:
+            chroma = melody_chroma(
+                wav, sample_rate, self.config.melody, separate=self.separate, device=device, seed=seed
+            )
+        return self.transformer.melody_proj(chroma.to(device))
+
+    def _wav_prefixes(self, attributes: list[ConditioningAttributes], compat: str, seeds) -> tuple[list, list]:
+        """(with the waveforms, null) prefixes per request, before the text; both empty lists for models without."""
+        wavs = [_given_wav(a) for a in attributes]
+        if self.config.melody is not None:
+            if compat == "audiocraft":
+                wavs = _pad_to_longest(wavs)
+            null = self.encode_melody(None, 0)
+            given = [
+                null if w is None else self.encode_melody(w[0], w[1], None if seeds is None else seeds[b])
+                for b, w in enumerate(wavs)
+            ]
+            return given, [null] * len(wavs)
+        if self.config.style is not None:
+            return self._style_prefixes(wavs, compat, seeds)
+        return [], []
+
+    def _style_prefixes(self, wavs: list, compat: str, seeds) -> tuple[list, list]:
+        if self.style is None:
+            raise ValueError("this style model was loaded without its style conditioner")
+        if compat == "audiocraft":
+            wavs = _pad_to_longest(wavs)
+        given: list[Tensor | None] = [None] * len(wavs)
+        start: int | None = None
+        for b, wav in enumerate(wavs):
+            if wav is None:
+                continue
+            if seeds is not None or start is None or compat == "isolated":
+                start = self.style.draw_start(wav[0], wav[1], None if seeds is None else seeds[b])
+            given[b] = self.style(wav[0], wav[1], start=start)
+        longest = max((len(g) for g in given if g is not None), default=1)
+        lengths = [longest if compat == "audiocraft" else (1 if g is None else len(g)) for g in given]
+        null = [self._zeros(n) for n in lengths]
+        return [n if g is None else g for g, n in zip(given, null, strict=True)], null
+
+    # -- the whole --------------------------------------------------------------------------------------------------
+
+    def __call__(
+        self,
+        attributes: list[ConditioningAttributes],
+        *,
+        guidance: str = "cfg",
+        compat: str = "isolated",
+        two_step: bool = False,
+        seeds: list[int] | None = None,
+    ) -> Conditions:
+        """Conditions for B requests.
+
+        Args:
+            guidance: 'none' (one branch), 'cfg' (conditional, null) or 'double' (text and wav, wav, null).
+            compat: 'isolated' or 'audiocraft', see the head of this file.
+            two_step: the null branch is padded on its own (audiocraft's two-step CFG).
+            seeds: of the requests, for what conditioners draw; None draws from the global generators.
+        """
+        assert compat in COMPAT and guidance in ("none", "cfg", "double")
+        texts = [self.encode_text(a.text.get("description")) for a in attributes]
+        lengths = [1 if t is None else len(t) for t in texts]
+        if compat == "audiocraft":
+            lengths = [max(lengths)] * len(lengths)
+        if self.config.conditioning == "cross":
+            return self._cross(texts, lengths, guidance)
+        given, null = self._wav_prefixes(attributes, compat, seeds)
+        if two_step and self.config.style is not None:
+            null = [self._zeros(1)] * len(null)
+        null_lengths = [1] * len(lengths) if two_step and guidance == "cfg" else lengths
+        rows = [(given, [self._padded(t, n) for t, n in zip(texts, lengths, strict=True)])]
+        if guidance == "double":
+            rows.append((given, [self._zeros(n) for n in lengths]))
+        if guidance != "none":
+            rows.append((null, [self._zeros(n) for n in null_lengths]))
+        branches = [Branch(prefix=_join(wavs, text)) for wavs, text in rows]
+        return Conditions(len(attributes), branches, {"none": 1, "cfg": 2, "double": 3}[guidance])
+
+    def _cross(self, texts: list[Tensor | None], lengths: list[int], guidance: str) -> Conditions:
+        conditional = Branch()
+        if any(t is not None for t in texts):
+            conditional.cross = [self._padded(t, n) for t, n in zip(texts, lengths, strict=True)]
+        branches = [conditional] if guidance == "none" else [conditional, Branch()]
+        return Conditions(len(texts), branches, {"none": 1, "cfg": 2, "double": 3}[guidance])
+
+
+def _join(wavs: list[Tensor], texts: list[Tensor]) -> list[Tensor]:
+    """Prefix of each row: the waveform's positions come before the text's."""
+    return [torch.cat([w, t]) for w, t in zip(wavs, texts, strict=True)] if wavs else texts
+
+
+def _given_wav(attributes: ConditioningAttributes) -> tuple[Tensor, int] | None:
+    """(wav [C, n], sample rate) of a request, or None where there is none."""
+    condition = attributes.wav.get("self_wav")
+    if condition is None or int(condition.length.max()) == 0 or condition.wav.shape[-1] <= 1:
+        return None
+    return condition.wav[0], condition.sample_rate[0]
+
+
+def _pad_to_longest(wavs: list) -> list:
+    """audiocraft collates waveforms to mono and pads them with silence to the longest of the batch."""
+    longest = max((w[0].shape[-1] for w in wavs if w is not None), default=0)
+    return [
+        None
+        if w is None
+        else (torch.nn.functional.pad(w[0].mean(0, keepdim=True), (0, longest - w[0].shape[-1])), w[1])
+        for w in wavs
+    ]

@@ -1,0 +1,195 @@
+"""The torch decoder: static KV cache, one prefill of any length, one step per column; any device, any precision.
+
+What makes it faster than the eager references without a kernel of its own: keys and values are written into a cache
+allocated once (they concatenate, O(T^2)); q, k, v are one product and so are the K heads; the text's keys and values
+are computed once per generation; null rows skip cross-attention, whose output for them is exactly zero; positions are
+a table; on a CPU the weights lie in one huge-page arena, which reads 10 to 20 % faster than 4 KB pages.
+
+Rows may differ in length (prefixes of different texts): a row's positions are its own, shorter rows are masked.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..model import EPS, Layer, Transformer, embed_tokens, position_table
+from ..state import Conditions, State
+
+
+class TorchDecoder:
+    """Runs a `Transformer` step by step. Holds no state of a request: all of that is in `State`."""
+
+    def __init__(self, transformer: Transformer):
+        self.model = transformer
+        self.config = transformer.config
+        self._positions = torch.empty(0, self.config.dim)
+
+    # -- set-up -------------------------------------------------------------------------------------------------------
+
+    def allocate(self, rows: int, capacity: int) -> Tensor:
+        """A KV cache [L, 2, R, H, C, d/H] in the model's dtype.
+
+        Zeros, not raw memory: a masked position still takes part as 0 x value, and 0 x NaN is NaN.
+        """
+        c = self.config
+        shape = (c.num_layers, 2, rows, c.num_heads, capacity, c.head_dim)
+        return torch.zeros(shape, dtype=self.model.dtype, device=self.model.device)
+
+    def condition(self, state: State) -> None:
+        """Project the text's keys and values of every layer, for the rows that attend to any."""
+        state.cross_kv, state.cross_mask = [], None
+        cross = [b.cross for b in state.conditions.branches if b.cross is not None]
+        assert all(b.cross is not None for b in state.conditions.branches[: len(cross)]), "null branches come last"
+        if not cross:
+            return
+        rows = [states for branch in cross for states in branch]
+        padded = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True).to(self.model.dtype)
+        lengths = torch.tensor([len(r) for r in rows], device=padded.device)
+        if int(lengths.min()) < padded.shape[1]:
+            inside = torch.arange(padded.shape[1], device=padded.device) < lengths[:, None]
+            state.cross_mask = inside[:, None, None, :]
+        for layer in self._layers():
+            kv = F.linear(padded, layer.cross_kv.weight)  # type: ignore[union-attr]
+            kv = kv.unflatten(-1, (2, self.config.num_heads, -1))  # [Rc, N, 2, H, dh]
+            state.cross_kv.append(kv.permute(2, 0, 3, 1, 4).contiguous())
+
+    # -- the two functions ----------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def prefill(self, state: State) -> None:
+        """Consume the prefix and every known column, then draw the first unknown one."""
+        conditions = state.conditions
+        x = embed_tokens(self.model.emb.weight, state.fed_tokens(0))
+        rows = self._with_prefix(x.repeat(len(conditions.branches), 1, 1), conditions)
+        lengths = [len(r) for r in rows]
+        x = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
+        self._require(state, max(lengths))
+        x = x + self._position_rows(x.shape[1], x.device)
+        for index, layer in enumerate(self._layers()):
+            x = self._prefill_layer(state, index, layer, x)
+        state.lengths = lengths
+        last = x[torch.arange(len(rows), device=x.device), torch.tensor(lengths, device=x.device) - 1]
+        state.write_column(self.model.logits(last))
+
+    @torch.no_grad()
+    def step(self, state: State) -> None:
+        """Consume the column written last and draw the next one."""
+        lengths = state.lengths
+        self._require(state, max(lengths) + 1)
+        x = embed_tokens(self.model.emb.weight, state.fed_tokens(state.column - 1))[:, 0]
+        x = x.repeat(len(state.conditions.branches), 1)
+        place: _Place
+        if min(lengths) == max(lengths):
+            x = x + self._position_rows(lengths[0] + 1, x.device)[lengths[0]]
+            place = _SamePlace(lengths[0])
+        else:
+            at = torch.tensor(lengths, device=x.device)
+            x = x + self._position_rows(max(lengths) + 1, x.device)[at]
+            place = _RowPlaces(at, max(lengths) + 1)
+        for index, layer in enumerate(self._layers()):
+            x = self._step_layer(state, index, layer, x, place)
+        state.lengths = [n + 1 for n in lengths]
+        state.write_column(self.model.logits(x))
+
+    # -- inside -----------------------------------------------------------------------------------------------------------
+
+    def _layers(self) -> list[Layer]:
+        return list(self.model.layers)  # type: ignore[arg-type]
+
+    def _with_prefix(self, x: Tensor, conditions: Conditions) -> list[Tensor]:
+        """Rows [P_r + n, d] of different lengths."""
+        prefixes = [p for b in conditions.branches for p in (b.prefix or [])]
+        if not prefixes:
+            return list(x)
+        return [torch.cat([p.to(x.dtype), row]) for p, row in zip(prefixes, x, strict=True)]
+
+    def _position_rows(self, count: int, device: torch.device) -> Tensor:
+        if len(self._positions) < count or self._positions.device != device:
+            self._positions = position_table(max(count, 2048), self.config.dim, device)
+        return self._positions[:count]
+
+    @staticmethod
+    def _require(state: State, positions: int) -> None:
+        assert positions <= state.capacity, f"{positions} positions do not fit a cache of {state.capacity}"
+
+    def _prefill_layer(self, state: State, index: int, layer: Layer, x: Tensor) -> Tensor:
+        """x [R, n, d], rows padded at the end: causality keeps the padding out of every real position."""
+        dtype, n = self.model.dtype, x.shape[1]
+        qkv = layer.qkv(layer.norm1(x).to(dtype)).unflatten(-1, (3, self.config.num_heads, -1))
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)
+        state.kv[index, 0, :, :, :n] = k
+        state.kv[index, 1, :, :, :n] = v
+        attended = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        x = x + layer.attn_out(attended.transpose(1, 2).flatten(2)).to(x.dtype)
+        if state.cross_kv:
+            keys, values = state.cross_kv[index]
+            rows = len(keys)
+            q = layer.heads(layer.cross_q(layer.norm_cross(x[:rows]).to(dtype)))  # type: ignore[misc]
+            attended = F.scaled_dot_product_attention(q, keys, values, attn_mask=state.cross_mask)
+            x[:rows] += layer.cross_out(attended.transpose(1, 2).flatten(2)).to(x.dtype)  # type: ignore[misc]
+        return x + layer.ffn_out(F.gelu(layer.ffn_in(layer.norm2(x).to(dtype)))).to(x.dtype)
+
+    def _step_layer(self, state: State, index: int, layer: Layer, x: Tensor, place: _Place) -> Tensor:
+        """x [R, d] -> [R, d]. Written with as few dispatches as torch allows: each costs 2 to 5 us on a CPU."""
+        dtype, heads, d = self.model.dtype, self.config.num_heads, (self.config.dim,)
+        h = F.layer_norm(x, d, layer.norm1.weight, layer.norm1.bias, EPS).to(dtype)
+        qkv = F.linear(h, layer.qkv.weight).view(len(x), 3, heads, -1)
+        cache = state.kv[index]
+        place.write(cache, qkv[:, 1:].transpose(0, 1))
+        keys, values, mask = place.read(cache)
+        a = F.scaled_dot_product_attention(qkv[:, 0, :, None], keys, values, attn_mask=mask)
+        x = x + F.linear(a.view(len(x), -1), layer.attn_out.weight)
+        if state.cross_kv:
+            keys, values = state.cross_kv[index].unbind()
+            rows = len(keys)
+            norm = layer.norm_cross
+            h = F.layer_norm(x[:rows], d, norm.weight, norm.bias, EPS).to(dtype)  # type: ignore[union-attr]
+            q = F.linear(h, layer.cross_q.weight).view(rows, heads, 1, -1)  # type: ignore[union-attr]
+            a = F.scaled_dot_product_attention(q, keys, values, attn_mask=state.cross_mask)
+            x[:rows] += F.linear(a.view(rows, -1), layer.cross_out.weight)  # type: ignore[union-attr]
+        h = F.layer_norm(x, d, layer.norm2.weight, layer.norm2.bias, EPS).to(dtype)
+        return x + F.linear(F.gelu(F.linear(h, layer.ffn_in.weight)), layer.ffn_out.weight)
+
+
+class _Place:
+    """Where a step's keys and values go in a cache [2, R, H, C, d/H], and what is attended."""
+
+    def write(self, cache: Tensor, kv: Tensor) -> None:
+        raise AssertionError
+
+    def read(self, cache: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+        raise AssertionError
+
+
+class _SamePlace(_Place):
+    """All rows are equally long: a slice, and no mask."""
+
+    def __init__(self, position: int):
+        self.position = position
+
+    def write(self, cache: Tensor, kv: Tensor) -> None:
+        cache[:, :, :, self.position] = kv
+
+    def read(self, cache: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+        keys, values = cache[:, :, :, : self.position + 1].unbind()
+        return keys, values, None
+
+
+class _RowPlaces(_Place):
+    """Each row writes at its own length; positions beyond it are masked."""
+
+    def __init__(self, positions: Tensor, longest: int):
+        self.positions = positions
+        self.longest = longest
+        self.rows = torch.arange(len(positions), device=positions.device)
+        inside = torch.arange(longest, device=positions.device) <= positions[:, None]
+        self.mask = inside[:, None, None, :]
+
+    def write(self, cache: Tensor, kv: Tensor) -> None:
+        cache[:, self.rows, :, self.positions] = kv.transpose(0, 1)
+
+    def read(self, cache: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+        keys, values = cache[:, :, :, : self.longest].unbind()
+        return keys, values, self.mask
