@@ -60,7 +60,7 @@ class MelodyConfig:
 
 @dataclass(frozen=True, slots=True)
 class StyleConfig:
-    """Style conditioning of musicgen-style (audiocraft `StyleConditioner`): MERT -> transformer -> RVQ -> every n-th."""
+    """Style conditioning of musicgen-style (audiocraft `StyleConditioner`): MERT, transformer, RVQ, every n-th frame."""
 
     sample_rate: int = 32000
     feature_name: str = "m-a-p/MERT-v1-95M"
@@ -158,6 +158,9 @@ class ModelConfig:
         return self.vocab_size
 
 
+MAX_DURATION = 3 * 3600
+
+
 @dataclass(frozen=True, slots=True)
 class GenerationParams:
     """audiocraft's generation parameters, its names and defaults (`MusicGen.set_generation_params`).
@@ -189,8 +192,11 @@ class GenerationParams:
             raise ValueError(f"top_k must be a whole number, got {self.top_k}")
         if self.top_p > 1.0:
             raise ValueError(f"top_p must be at most 1, got {self.top_p}")
-        if self.duration <= 0:
-            raise ValueError(f"duration must be above 0 seconds, got {self.duration}")
+        if not 0 < self.duration <= MAX_DURATION:
+            raise ValueError(
+                f"duration must be above 0 and at most {MAX_DURATION} seconds (2.8 GB of stereo sound in memory), "
+                f"got {self.duration}"
+            )
 
     def stride(self, max_duration: float) -> float:
         """Seconds between the starts of two windows of `max_duration`; ValueError where they would not overlap."""

@@ -72,9 +72,7 @@ def generate(
     return codes
 
 
-def _prepare(
-    decoder: Decoder, state: State | None, conditions: Conditions, sampler: Sampler, num_steps: int
-) -> State:
+def _prepare(decoder: Decoder, state: State | None, conditions: Conditions, sampler: Sampler, num_steps: int) -> State:
     """The state for a window: the last one where it fits, with new conditions where they changed."""
     capacity = max(conditions.prefix_lengths()) + num_steps - 1  # the last column is written, never read
     fits = state is not None and state.capacity >= capacity and len(state.lengths) == conditions.num_rows

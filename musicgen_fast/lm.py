@@ -17,8 +17,8 @@ from .conditioning import COMPAT, Conditioner, ConditioningAttributes
 from .config import GenerationParams, ModelConfig
 from .decoders.torch import TorchDecoder
 from .model import Transformer
-from .state import Conditions, Sampler
 from .sampling import SamplingParams
+from .state import Conditions, Sampler
 from .windows import Window, plan_windows
 
 
@@ -131,15 +131,24 @@ class LMModel:
         return tokens[:, :, prompt.shape[2] :] if remove_prompts else tokens
 
     def encode(
-        self, attributes: list[ConditioningAttributes], params: GenerationParams, seeds: list[int] | None = None
+        self,
+        attributes: list[ConditioningAttributes],
+        params: GenerationParams,
+        seeds: list[int] | None = None,
+        first_frame: int = 0,
     ) -> Conditions:
-        """Conditions of one window: which branches have to run for these parameters, encoded."""
+        """Conditions of the window that begins at `first_frame`: the branches that these parameters need, encoded.
+
+        What a conditioner draws (style excerpt, demucs shift) comes from the seeds too, anew for every window.
+        """
         unconditional = not any(a.text.get("description") or a.wav for a in attributes)
         guidance = "cfg"
         if params.cfg_coef_beta is not None:
             guidance = "double"
         elif params.cfg_coef == 1 or unconditional:
-            guidance = "none"  # u + (c - u) * 1 is c, and c is u without a condition: the same distribution, half the rows
+            guidance = "none"  # u + (c - u) * 1 is c, and without a condition c is u: the same law, half the rows
+        if seeds is not None:
+            seeds = [(s << 32) + first_frame for s in seeds]
         return self.conditioner(
             attributes, guidance=guidance, compat=self.compat, two_step=params.two_step_cfg, seeds=seeds
         )
@@ -210,7 +219,7 @@ def request_seeds(seed: int | Sequence[int] | None, batch: int) -> list[int] | N
     """One signed 64-bit seed per request: an int s gives request b the seed s + b; a list has one for each."""
     if seed is None:
         return None
-    if isinstance(seed, bool) or (isinstance(seed, float) or not isinstance(seed, (int, Sequence))):
+    if isinstance(seed, (bool, str)) or not isinstance(seed, (int, Sequence)):
         raise TypeError(f"seed must be None, an int or a list of ints, got {type(seed).__name__}")
     seeds = [seed + b for b in range(batch)] if isinstance(seed, int) else list(seed)
     if len(seeds) != batch:

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
+from einops import rearrange
 from torch import Tensor, nn
 
 from .config import ModelConfig
@@ -61,19 +62,19 @@ class Layer(nn.Module):
 
     def heads(self, x: Tensor) -> Tensor:
         """[R, S, d] -> [R, H, S, d/H]."""
-        return x.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
+        return rearrange(x, "r s (h e) -> r h s e", h=self.num_heads)
 
     def forward(self, x: Tensor, causal: Tensor, cross: Tensor | None, cross_mask: Tensor | None) -> Tensor:
         """x [R, S, d]; causal [S, S] and cross_mask [R, 1, 1, N] bool, True where attended; cross [R, N, d]."""
         dtype = self.qkv.weight.dtype
         q, k, v = (self.heads(part) for part in self.qkv(self.norm1(x).to(dtype)).chunk(3, dim=-1))
         attended = F.scaled_dot_product_attention(q, k, v, attn_mask=causal)
-        x = x + self.attn_out(attended.transpose(1, 2).flatten(2)).to(x.dtype)
+        x = x + self.attn_out(rearrange(attended, "r h s e -> r s (h e)")).to(x.dtype)
         if self.cross_q is not None and cross is not None:
             q = self.heads(self.cross_q(self.norm_cross(x).to(dtype)))
             k, v = (self.heads(part) for part in self.cross_kv(cross.to(dtype)).chunk(2, dim=-1))
             attended = F.scaled_dot_product_attention(q, k, v, attn_mask=cross_mask)
-            x = x + self.cross_out(attended.transpose(1, 2).flatten(2)).to(x.dtype)
+            x = x + self.cross_out(rearrange(attended, "r h s e -> r s (h e)")).to(x.dtype)
         return x + self.ffn_out(F.gelu(self.ffn_in(self.norm2(x).to(dtype)))).to(x.dtype)
 
 
@@ -106,7 +107,7 @@ class Transformer(nn.Module):
         return model.eval().requires_grad_(False)
 
     def set_precision(self, dtype: torch.dtype) -> Transformer:
-        """Matrices in `dtype`; norms and the conditioners' projections stay fp32 (they are small, and decide accuracy)."""
+        """Matrices in `dtype`; norms and the conditioners' projections stay fp32: small, and they decide accuracy."""
         for name, parameter in self.named_parameters():
             small = parameter.dim() < 2 or name.startswith(("text_proj", "melody_proj"))
             parameter.data = parameter.data.to(torch.float32 if small else dtype)

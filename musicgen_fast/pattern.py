@@ -39,13 +39,13 @@ class Pattern:
         return len(self.table)
 
     def first_step(self, frame: int) -> int:
-        """The first step that holds `frame` for any codebook: generation after a prompt of `frame` frames starts here."""
+        """The first step that holds `frame` for any codebook: where generation after a prompt of `frame` frames starts."""
         if not 0 <= frame < self.num_frames:
             raise ValueError(f"frame {frame} is outside of the {self.num_frames} frames of this pattern")
         return int(np.flatnonzero((self.table == frame).any(axis=1))[0])
 
     def build(self, codes: Tensor, special_token: int) -> Tensor:
-        """Codes [B, K, T] (`UNKNOWN` where not generated yet) -> sequence [B, K, S] with the special token in the gaps."""
+        """Codes [B, K, T] (`UNKNOWN` where not generated yet) -> sequence [B, K, S], special tokens in the gaps."""
         batch, num_codebooks, num_frames = codes.shape
         assert num_frames == self.num_frames and num_codebooks == self.table.shape[1]
         frames = torch.from_numpy(self.table.T.astype(np.int64)).to(codes.device)  # [K, S]

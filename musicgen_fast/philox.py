@@ -79,8 +79,8 @@ def race_noise(seed: Tensor, step: Tensor, stream: Tensor, num_codebooks: int, v
     """Exponential noise E [B, K, V] float32 for one column of B requests.
 
     Args:
-        seed, step, stream: int64 [B]. The key is the seed's 64 bits; the counter is (token >> 2, step, codebook, stream)
-            and word `token & 3` of the block is the token's. Nothing about the batch enters.
+        seed, step, stream: int64 [B]. The key is the seed's 64 bits; the counter is (token >> 2, step, codebook,
+            stream) and word `token & 3` of the block is the token's. Nothing about the batch enters.
     """
     blocks = (vocab_size + 3) // 4
     device = seed.device

@@ -117,7 +117,7 @@ def _scaled(mixed: Tensor, params: SamplingParams, dtype: torch.dtype, divide: b
 
 
 def _kept_weights(z: Tensor, params: SamplingParams) -> tuple[Tensor, Tensor, Tensor]:
-    """Steps 5 to 10: which tokens survive, and their weights. z [B, K, V] -> keep bool, w, 1/w (relative to the maximum)."""
+    """Steps 5 to 10, z [B, K, V]: which tokens survive, their weights w relative to the largest, and 1/w."""
     vocab = z.shape[-1]
     keep = z > -torch.inf
     if params.any_top_k:
@@ -188,7 +188,7 @@ def sample_with_noise(
 def sample_seeded(
     logits: Tensor, params: SamplingParams, seed: Tensor, step: Tensor, stream: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """One column drawn with Philox noise. seed, step, stream: int64 [B]. Returns tokens int64 [B, K], status int32 [B, K]."""
+    """One column drawn with Philox noise. seed, step, stream: int64 [B]. Returns tokens int64 and status int32 [B, K]."""
     _, _, num_codebooks, vocab = logits.shape
     stream = torch.zeros_like(seed) if stream is None else stream
     fill = native.race_noise if logits.device.type == "cpu" and native.available() else race_noise

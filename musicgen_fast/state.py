@@ -18,7 +18,7 @@ from .sampling import SamplingParams, raise_on_failure, sample_seeded, sample_wi
 
 @dataclass
 class Branch:
-    """One CFG branch of B requests. Lists have B entries; `cross` None means that cross-attention contributes nothing."""
+    """One CFG branch of B requests. Lists have B entries; `cross` None: cross-attention contributes nothing."""
 
     prefix: list[Tensor] | None = None  # each [P_b, d]
     cross: list[Tensor] | None = None  # each [N_b, d]

@@ -1,7 +1,7 @@
 """From texts and waveforms to what the transformer sees: a prefix or cross-attention states per request and branch.
 
-`Conditioner` makes the `Conditions` of `state.py`. The padding rules of the references live here and nowhere else: a decoder attends to exactly
-the states that it is given.
+`Conditioner` makes the `Conditions` of `state.py`. The padding rules of the references live here and nowhere else: a
+decoder attends to exactly the states that it is given.
 
     isolated (default)  every request is padded to the longest text among its own branches; padding of cross-attention
                         is not attended at all. What transformers does; equal to audiocraft at batch 1.
@@ -55,8 +55,9 @@ class Conditioner:
         self.text = text
         self.style = style
         self.separate = separate  # melody: take vocals and other by demucs, or the mix as it is
+        self._demucs = None  # loaded at the first melody that is separated
 
-    # -- text -------------------------------------------------------------------------------------------------------
+    # -- text ---------------------------------------------------------------------------------------------------------
 
     def encode_text(self, text: str | None) -> Tensor | None:
         """[n, d] states of one text, projected; None for an empty one (its states are zeros, one position long)."""
@@ -79,19 +80,27 @@ class Conditioner:
         states = self._zeros(1) if states is None else states
         return torch.cat([states, self._zeros(length - len(states))]) if len(states) < length else states
 
-    # -- waveforms --------------------------------------------------------------------------------------------------
+    # -- waveforms ----------------------------------------------------------------------------------------------------
 
     def encode_melody(self, wav: Tensor | None, sample_rate: int, seed: int | None = None) -> Tensor:
-        """Chroma prefix [chroma_length, d] of a waveform [C, n]; None gives the null melody (pitch class C throughout)."""
-        from .melody import melody_chroma, null_chroma
+        """Chroma prefix [chroma_length, d] of a waveform [C, n]; None gives the null melody: pitch class C throughout."""
+        from .melody import load_demucs, melody_chroma, null_chroma
 
         assert self.config.melody is not None and self.transformer.melody_proj is not None
         device = self.transformer.norm.weight.device
         if wav is None:
             chroma = null_chroma(self.config.melody)
         else:
+            if self.separate and self._demucs is None:
+                self._demucs = load_demucs(device)
             chroma = melody_chroma(
-                wav, sample_rate, self.config.melody, separate=self.separate, device=device, seed=seed
+                wav,
+                sample_rate,
+                self.config.melody,
+                separate=self.separate,
+                device=device,
+                seed=seed,
+                demucs=self._demucs,
             )
         return self.transformer.melody_proj(chroma.to(device))
 
@@ -129,7 +138,7 @@ class Conditioner:
         null = [self._zeros(n) for n in lengths]
         return [n if g is None else g for g, n in zip(given, null, strict=True)], null
 
-    # -- the whole --------------------------------------------------------------------------------------------------
+    # -- the whole ----------------------------------------------------------------------------------------------------
 
     def __call__(
         self,

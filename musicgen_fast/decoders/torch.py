@@ -55,7 +55,7 @@ class TorchDecoder:
             kv = kv.unflatten(-1, (2, self.config.num_heads, -1))  # [Rc, N, 2, H, dh]
             state.cross_kv.append(kv.permute(2, 0, 3, 1, 4).contiguous())
 
-    # -- the two functions ----------------------------------------------------------------------------------------------
+    # -- the two functions --------------------------------------------------------------------------------------------
 
     @torch.no_grad()
     def prefill(self, state: State) -> None:
@@ -93,7 +93,7 @@ class TorchDecoder:
         state.lengths = [n + 1 for n in lengths]
         state.write_column(self.model.logits(x))
 
-    # -- inside -----------------------------------------------------------------------------------------------------------
+    # -- inside -------------------------------------------------------------------------------------------------------
 
     def _layers(self) -> list[Layer]:
         return list(self.model.layers)  # type: ignore[arg-type]

@@ -200,3 +200,17 @@ def canonical_weights(lm) -> dict[str, torch.Tensor]:
 
 def _is_chroma(lm) -> bool:
     return "chroma" in type(lm.condition_provider.conditioners["self_wav"]).__name__.lower()
+
+
+def build_musicgen(kind="text", seed=0, max_duration=30, **sizes):
+    """A whole audiocraft MusicGen with its debug codec: 25 frames a second, 400 codes; channels interleaved for stereo."""
+    load()
+    from audiocraft.models import builders
+    from audiocraft.models.encodec import InterleaveStereoCompressionModel
+    from audiocraft.models.musicgen import MusicGen
+
+    torch.manual_seed(seed)
+    codec = builders.get_debug_compression_model("cpu", sample_rate=32000)
+    if kind == "stereo":
+        codec = InterleaveStereoCompressionModel(codec)
+    return MusicGen("oracle", codec, build_lm(kind, seed=seed, card=400, **sizes), max_duration=max_duration)

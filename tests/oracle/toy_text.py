@@ -1,4 +1,4 @@
-"""A text encoder small enough for tests, shared by the references and by this project: hashed words, a tiny random T5."""
+"""A text encoder small enough for tests, shared by the references and this project: hashed words, a tiny random T5."""
 
 from __future__ import annotations
 

@@ -1,0 +1,71 @@
+# Every target sets up what it needs: a virtual environment in .venv with the versions of constraints.txt.
+#   make test PYTHON=python3.12     another interpreter for the environment
+#   make bench-gpu PY=python        an environment of your own in which musicgen-fast is installed; nothing is set up
+PYTHON ?= python3
+JOBS ?= 2
+
+ifdef PY
+READY :=
+else
+PY := .venv/bin/python
+READY := .venv/.ready
+endif
+
+PIP := .venv/bin/python -m pip install -qq --disable-pip-version-check
+# Wanted without their requirements. audiocraft, whose tokens the tests compare with, pins numpy<2, xformers and others
+# that no current torch fits; of diffsynth the tests use one file, the sentencepiece model of T5.
+BARE_PACKAGES := tts-webui-audiocraft==1.4.0a2 diffsynth==1.1.9
+PYTEST := OMP_NUM_THREADS=1 $(PY) -m pytest
+GPU_RESULTS = benchmarks/results/$(shell date +%Y%m%d-%H%M%S)-gpu.jsonl
+
+.PHONY: help demo test test-all lint bench bench-gpu clean
+
+help: ## this list
+	@sed -nE 's/^([a-z-]+):.*## (.*)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 18
+
+demo: $(READY) ## music from the small demo model, into out/
+	$(PY) examples/demo.py -o out/
+
+test: $(READY) ## the quick tests: no GPU, no weights
+	$(PYTEST) -m "not slow and not gpu" -n $(JOBS) --dist loadfile --benchmark-disable
+
+test-all: $(READY) ## every test that needs no GPU
+	$(PYTEST) -m "not gpu" -n $(JOBS) --dist loadfile --benchmark-disable --durations=15
+
+lint: $(READY) ## ruff, mypy, and clang-format where it is installed
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+	$(PY) -m mypy
+	@if command -v clang-format >/dev/null; then \
+	  find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu' | xargs clang-format --dry-run --Werror; \
+	else echo "clang-format is not installed: csrc/ unchecked"; fi
+
+bench: $(READY) ## the CPU benchmarks; saved under .benchmarks/
+	$(PY) -m pytest benchmarks -o python_files='bench_*.py test_*.py' -m "not gpu" --benchmark-only --benchmark-autosave
+
+bench-gpu: $(READY) ## the GPU tests, then the time of a step; a JSON line a run in benchmarks/results/
+	$(PY) -m pytest -m gpu --benchmark-disable
+	mkdir -p $(dir $(GPU_RESULTS))
+	$(PY) benchmarks/bench_step.py --device cuda --json $(GPU_RESULTS)
+
+clean: ## remove everything that make has made
+	rm -rf .venv build out *.egg-info .pytest_cache .mypy_cache .ruff_cache .benchmarks musicgen_fast/_C*.so
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# torch goes first, so that nothing after it asks for another one. The build runs in this environment, not in an
+# isolated one: that would download setuptools and nanobind again, unpinned, at every call.
+# Python 3.10 takes the newest versions that still support it: constraints.txt is for 3.11 and later.
+.venv/.ready: setup.py pyproject.toml constraints.txt $(shell find csrc -type f)
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { \
+	  echo "musicgen_fast needs Python 3.10 or newer, but '$(PYTHON)' is $$($(PYTHON) --version 2>&1)." >&2; \
+	  echo "Name another one: make $(or $(MAKECMDGOALS),test) PYTHON=python3.11" >&2; exit 1; }
+	@.venv/bin/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear .venv || { \
+	  rm -rf .venv; echo "No virtual environment: install Python's venv (Debian: apt install python3-venv)." >&2; exit 1; }
+	@echo "Setting up .venv (a minute or two the first time)"
+	@set -e; \
+	if .venv/bin/python -c 'import sys; sys.exit(sys.version_info < (3, 11))'; then pins="-c constraints.txt"; fi; \
+	$(PIP) $$pins $$(grep '^torch==' constraints.txt) 'setuptools>=77' wheel nanobind; \
+	$(PIP) $$pins --no-build-isolation -e '.[test]'; \
+	$(PIP) --no-deps $(BARE_PACKAGES)
+	@.venv/bin/python -c "from musicgen_fast import native; print('C++ extension:', native.why_not() or 'built')"
+	@touch $@

@@ -1,0 +1,86 @@
+// musicgen_fast._C: checks arguments, releases the GIL, calls csrc/cpu. The only file that knows Python.
+//
+// No torch header is included: arrays arrive through the buffer protocol or DLPack, so one build serves every torch.
+// Outputs are the caller's arrays. Shapes and dtypes are part of the signatures; a mismatch is a TypeError there.
+#include <nanobind/nanobind.h>
+#include <nanobind/ndarray.h>
+
+#include <cstdint>
+
+#include "cpu/isa.h"
+#include "cpu/philox.h"
+#include "cpu/race.h"
+
+namespace nb = nanobind;
+using namespace nb::literals;
+
+namespace {
+
+template <typename T, int N>
+using Array = nb::ndarray<T, nb::ndim<N>, nb::c_contig, nb::device::cpu>;
+
+void require(bool condition, const char* message) {
+    if (!condition) throw nb::value_error(message);
+}
+
+mgf::Isa checked_isa(int isa) {
+    require(isa <= int(mgf::best_isa()), "this processor lacks that instruction set");
+    return isa < 0 ? mgf::best_isa() : mgf::Isa(isa);
+}
+
+void race_noise(Array<const int64_t, 1> seed,    // [B]
+                Array<const int64_t, 1> step,    // [B]
+                Array<const int64_t, 1> stream,  // [B]
+                Array<float, 3> out,             // [B, K, V]
+                int isa) {
+    const int64_t B = int64_t(out.shape(0)), K = int64_t(out.shape(1)), V = int64_t(out.shape(2));
+    require(int64_t(seed.shape(0)) == B && int64_t(step.shape(0)) == B && int64_t(stream.shape(0)) == B,
+            "race_noise: seed, step and stream need one entry per row of out");
+    const mgf::RaceNoise noise = {seed.data(), step.data(), stream.data(), B, K, V, out.data()};
+    const mgf::Isa chosen = checked_isa(isa);
+    nb::gil_scoped_release released;
+    mgf::race_noise(noise, chosen);
+}
+
+void philox(Array<const uint32_t, 2> counter,  // [N, 4]
+            Array<const uint32_t, 2> key,      // [N, 2]
+            Array<uint32_t, 2> out) {          // [N, 4]
+    const size_t N = counter.shape(0);
+    require(counter.shape(1) == 4 && key.shape(0) == N && key.shape(1) == 2 && out.shape(0) == N && out.shape(1) == 4,
+            "philox: counter [N, 4], key [N, 2], out [N, 4]");
+    for (size_t i = 0; i < N; ++i) {
+        const uint32_t* const c = counter.data() + 4 * i;
+        const mgf::Counter words = mgf::philox4x32_10({c[0], c[1], c[2], c[3]}, {key(i, 0), key(i, 1)});
+        uint32_t* const o = out.data() + 4 * i;
+        o[0] = words.c0, o[1] = words.c1, o[2] = words.c2, o[3] = words.c3;
+    }
+}
+
+void exponential(Array<const uint32_t, 1> x, Array<float, 1> out) {
+    require(x.shape(0) == out.shape(0), "exponential: x and out differ in length");
+    for (size_t i = 0; i < x.shape(0); ++i) out(i) = mgf::exponential(x(i));
+}
+
+void exp2_pair(Array<const float, 1> t, Array<float, 1> w, Array<float, 1> iw) {
+    require(w.shape(0) == t.shape(0) && iw.shape(0) == t.shape(0), "exp2_pair: t, w and iw differ in length");
+    for (size_t i = 0; i < t.shape(0); ++i) {
+        const mgf::PowerOfTwo pair = mgf::exp2_pair(t(i));
+        w(i) = pair.w, iw(i) = pair.iw;
+    }
+}
+
+}  // namespace
+
+NB_MODULE(_C, m) {
+    m.doc() = "The C++ parts of musicgen_fast; use musicgen_fast.native, which also works without this module.";
+    m.attr("ISA_BASELINE") = int(mgf::Isa::baseline);
+    m.attr("ISA_AVX2") = int(mgf::Isa::avx2);
+    m.attr("ISA_AVX512") = int(mgf::Isa::avx512);
+    m.attr("BEST_ISA") = int(mgf::best_isa());
+    // noconvert on outputs: a conversion would fill a copy and leave the caller's array as it was.
+    m.def("race_noise", &race_noise, "seed"_a, "step"_a, "stream"_a, "out"_a.noconvert(), "isa"_a = -1,
+          "Fills out [B, K, V] float32 with exponential noise; isa < 0 takes the best the processor has.");
+    m.def("philox", &philox, "counter"_a, "key"_a, "out"_a.noconvert(), "Philox4x32-10, one block per row.");
+    m.def("exponential", &exponential, "x"_a, "out"_a.noconvert(), "-ln((x + 0.5) / 2^32) of uint32 words.");
+    m.def("exp2_pair", &exp2_pair, "t"_a, "w"_a.noconvert(), "iw"_a.noconvert(), "2^t and 2^-t for t in [-126, 0].");
+}

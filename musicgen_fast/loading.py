@@ -1,0 +1,115 @@
+"""From a name to a running model: checkpoint, precision, device, conditioners, codec."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .checkpoints import Checkpoint, load_checkpoint
+from .codec import EnCodec, InterleaveStereo
+from .conditioning import Conditioner
+from .errors import CheckpointError
+from .lm import LMModel
+from .model import Transformer
+
+log = logging.getLogger(__name__)
+
+PRECISIONS = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+
+
+@dataclass
+class Parts:
+    """What a model class is made of."""
+
+    name: str
+    lm: LMModel
+    codec: EnCodec | InterleaveStereo
+
+
+def load_parts(
+    name: str | Path,
+    device: str | torch.device | None = None,
+    text_encoder: str | Path | None = None,
+    precision: str | None = None,
+    revision: str | None = None,
+    cache_dir: str | Path | None = None,
+) -> Parts:
+    """Load a checkpoint and build its parts; the arguments of `MusicGen.get_pretrained`."""
+    device = pick_device(device)
+    dtype = pick_precision(precision, device)
+    checkpoint = load_checkpoint(name, text_encoder=text_encoder, dtype=dtype, revision=revision, cache_dir=cache_dir)
+    transformer = Transformer.from_weights(checkpoint.config, checkpoint.lm).set_precision(dtype).to(device)
+    checkpoint.lm.clear()
+    conditioner = Conditioner(
+        checkpoint.config, transformer, _text_encoder(checkpoint, device), _style(checkpoint, device)
+    )
+    lm = LMModel(transformer, conditioner, cfg=checkpoint.xp_cfg)
+    return Parts(checkpoint.name, lm, _codec(checkpoint, device))
+
+
+def pick_device(device: str | torch.device | None) -> torch.device:
+    """The device asked for, or 'cuda' where there is one. ValueError for one that is not there."""
+    if device is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        picked = torch.device(device)
+    except RuntimeError as error:
+        raise ValueError(f"unknown device {device!r}: {error}") from None
+    if picked.type == "cuda" and not torch.cuda.is_available():
+        raise ValueError("device 'cuda' was asked for, but torch sees no GPU; use device='cpu' or install a CUDA torch")
+    return picked
+
+
+def pick_precision(precision: str | None, device: torch.device) -> torch.dtype:
+    """float32 on a CPU (exact) and float16 on a GPU, unless asked otherwise."""
+    if precision is None:
+        return torch.float32 if device.type == "cpu" else torch.float16
+    if precision not in PRECISIONS:
+        raise ValueError(f"unknown precision {precision!r}: expected one of {', '.join(PRECISIONS)}")
+    return PRECISIONS[precision]
+
+
+def _text_encoder(checkpoint: Checkpoint, device: torch.device) -> Any:
+    """The text encoder, or None with a warning where the files came without a tokenizer: texts raise then, clearly."""
+    source = checkpoint.text
+    if source is None:
+        return None
+    from .conditioning.text import TextEncoder, build_t5
+
+    if source.tokenizer is not None:
+        return TextEncoder(build_t5(source.config, source.tensors), source.tokenizer, device)
+    if source.tokenizer_folder is None:
+        log.warning("%s has no tokenizer files (spiece.model or tokenizer.json): it cannot read texts", source.origin)
+        return None
+    return TextEncoder.from_weights(source.config, source.tensors, source.tokenizer_folder, device)
+
+
+def _style(checkpoint: Checkpoint, device: torch.device) -> Any:
+    """The style conditioner; its MERT is loaded at the first waveform."""
+    if checkpoint.style is None or checkpoint.config.style is None:
+        return None
+    from .conditioning.style import StyleConditioner
+
+    return StyleConditioner.from_weights(checkpoint.config.style, checkpoint.config.dim, checkpoint.style).to(device)
+
+
+def _codec(checkpoint: Checkpoint, device: torch.device) -> EnCodec | InterleaveStereo:
+    with torch.device("meta"):
+        codec = EnCodec(checkpoint.codec_config)
+    codec.load_state_dict(checkpoint.codec, strict=True, assign=True)
+    codec.eval().requires_grad_(False).to(device)
+    config = checkpoint.config
+    stereo = config.audio_channels == 2
+    wanted = config.num_codebooks // (2 if stereo else 1)
+    if wanted > codec.num_codebooks:
+        raise CheckpointError(
+            f"{checkpoint.name}: the language model writes {wanted} codebooks per channel, "
+            f"its codec has {codec.num_codebooks}"
+        )
+    if wanted < codec.num_codebooks:
+        codec.set_num_codebooks(wanted)
+    return InterleaveStereo(codec) if stereo else codec

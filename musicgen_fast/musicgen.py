@@ -1,0 +1,221 @@
+"""MusicGen: the drop-in class. Text, melody, style, continuation; mono and stereo; any duration.
+
+    from musicgen_fast import MusicGen
+    model = MusicGen.get_pretrained("facebook/musicgen-small")
+    wav = model.generate(["lofi beat with warm piano"], seed=7)
+
+Start here, then read `genmodel.py` (what it shares with AudioGen), `lm.py`, `engine.py`, `decoders/torch.py`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .audio import convert_audio
+from .conditioning import ConditioningAttributes, WavCondition
+from .config import GenerationParams
+from .genmodel import GenerationModel, Seed, checked_audio, checked_texts
+from .loading import load_parts
+from .state import Conditions
+from .windows import Window
+
+Melody = Tensor | Sequence[Tensor | None]
+
+
+class MusicGen(GenerationModel):
+    """audiocraft's `MusicGen`, call for call; see `GenerationModel` for the shared methods and attributes."""
+
+    @staticmethod
+    def get_pretrained(
+        name: str | Path = "facebook/musicgen-melody",
+        device: str | torch.device | None = None,
+        *,
+        text_encoder: str | Path | None = None,
+        precision: str | None = None,
+        revision: str | None = None,
+        cache_dir: str | Path | None = None,
+    ) -> MusicGen:
+        """Load a model.
+
+        Args:
+            name: a hub id, a short name (small, medium, large, melody, style), a local folder in transformers' or
+                audiocraft's layout, or "random:small[-stereo][-melody]" for random weights of a released size.
+            device: default: 'cuda' where there is a GPU, else 'cpu'. Any torch device.
+            text_encoder: folder or hub id of the T5, for audiocraft folders that come without one.
+            precision: 'float32', 'float16' or 'bfloat16' matrices; default float32 on a CPU (the reference's tokens)
+                and float16 on a GPU. The residual stream and the norms are fp32 in any case.
+            revision, cache_dir: as in huggingface_hub. With HF_HUB_OFFLINE=1 nothing is asked of the network.
+
+        Raises:
+            CheckpointError: nothing there, damaged or unsupported files, missing keys; names the file and the key.
+        """
+        parts = load_parts(name, device, text_encoder, precision, revision, cache_dir)
+        return MusicGen(parts.name, parts.codec, parts.lm)
+
+    def set_generation_params(
+        self,
+        use_sampling: bool = True,
+        top_k: int = 250,
+        top_p: float = 0.0,
+        temperature: float = 1.0,
+        duration: float = 30.0,
+        cfg_coef: float = 3.0,
+        cfg_coef_beta: float | None = None,
+        two_step_cfg: bool = False,
+        extend_stride: float | None = None,
+    ) -> None:
+        """Set ALL generation parameters: what is not named returns to its default, as in audiocraft.
+
+        Args:
+            use_sampling: False takes the most likely token.
+            top_k: keep the k most likely tokens (all that tie with the k-th too); 0 or less: off.
+            top_p: keep the most likely tokens up to this mass; above 0 it takes the place of top_k.
+            temperature: divides the logits; 0 or less: greedy.
+            duration: seconds, a prompt included.
+            cfg_coef: classifier-free guidance; 1 runs without the null branch.
+            cfg_coef_beta: double guidance of style models: how far the text is pushed beyond the style.
+            two_step_cfg: pad the null branch on its own.
+            extend_stride: seconds between windows beyond `max_duration`; default min(18, 0.6 * max_duration).
+
+        Raises:
+            ValueError: NaN, a duration that is not above 0, a stride that is not below `max_duration`.
+        """
+        self._apply(
+            GenerationParams(
+                use_sampling=use_sampling,
+                top_k=top_k,
+                top_p=top_p,
+                temperature=temperature,
+                duration=duration,
+                cfg_coef=cfg_coef,
+                cfg_coef_beta=cfg_coef_beta,
+                two_step_cfg=two_step_cfg,
+                extend_stride=extend_stride,
+            )
+        )
+
+    def set_style_conditioner_params(
+        self,
+        eval_q: int = 3,
+        excerpt_length: float = 3.0,
+        ds_factor: int | None = None,
+        encodec_n_q: int | None = None,
+    ) -> None:
+        """Parameters of the style conditioner: codebooks used (1 to 6), seconds of the excerpt, downsampling.
+
+        Raises:
+            ValueError: this is not a style model, or a value out of range.
+        """
+        if self.lm.conditioner.style is None:
+            raise ValueError(f"{self.name} has no style conditioner; load facebook/musicgen-style or a fine-tune of it")
+        self.lm.conditioner.style.set_params(eval_q, excerpt_length, ds_factor, encodec_n_q)
+
+    def generate_with_chroma(
+        self,
+        descriptions: Sequence[str | None],
+        melody_wavs: Melody,
+        melody_sample_rate: int,
+        progress: bool = False,
+        return_tokens: bool = False,
+        *,
+        separate: bool = True,
+        seed: Seed = None,
+    ) -> Any:
+        """Music that follows a melody (melody models) or a style excerpt (style models).
+
+        Args:
+            descriptions: B texts or None.
+            melody_wavs: [B, C, n], [C, n] or a list of B [C, n] waveforms; None in the list means none for this one.
+            melody_sample_rate: Hz, of all of them.
+            separate: melody models follow the vocals and other instruments that demucs separates; False follows the mix
+                and needs no demucs. No effect on style models.
+            seed: see `generate`; also fixes the style excerpt and the shift of demucs.
+
+        Raises:
+            RuntimeError: the model takes text only.
+            ImportError: demucs is needed and missing.
+        """
+        conditioner = self.lm.conditioner
+        if self.lm.config.melody is None and self.lm.config.style is None:
+            raise RuntimeError(
+                f"{self.name} takes no melody or style audio: use a melody or style model, "
+                "or generate_continuation to start from audio"
+            )
+        texts = checked_texts(descriptions)
+        melodies = self._checked_melodies(melody_wavs, melody_sample_rate, len(texts))
+        previous, conditioner.separate = conditioner.separate, separate
+        try:
+            attributes, prompt = self._prepare_tokens_and_attributes(texts, None, melodies)
+            return self._finish(self._generate_tokens(attributes, prompt, progress, seed), return_tokens)
+        finally:
+            conditioner.separate = previous
+
+    # -- inside -------------------------------------------------------------------------------------------------------
+
+    def _checked_melodies(self, melody_wavs: Melody, sample_rate: int, count: int) -> list[Tensor | None]:
+        """One waveform [C, n] at the model's rate and channels per request."""
+        if isinstance(melody_wavs, Tensor):
+            melody_wavs = melody_wavs[None] if melody_wavs.dim() == 2 else melody_wavs
+            if melody_wavs.dim() != 3:
+                raise ValueError(f"melody_wavs must be [B, C, n] or [C, n], got {list(melody_wavs.shape)}")
+        melodies = list(melody_wavs)
+        if len(melodies) != count:
+            raise ValueError(f"{len(melodies)} melodies were given for {count} descriptions")
+        out: list[Tensor | None] = []
+        for melody in melodies:
+            if melody is None:
+                out.append(None)
+                continue
+            melody = checked_audio(melody, "melody_wavs", sample_rate)
+            if melody.dim() != 2:
+                raise ValueError(f"each melody must be a waveform [C, n], got {list(melody.shape)}")
+            out.append(convert_audio(melody.float(), sample_rate, self.sample_rate, self.audio_channels))
+        return out
+
+    def _prepare_tokens_and_attributes(
+        self,
+        descriptions: Sequence[str | None],
+        prompt: Tensor | None,
+        melody_wavs: Sequence[Tensor | None] | None = None,
+    ) -> tuple[list[ConditioningAttributes], Tensor | None]:
+        attributes, tokens = super()._prepare_tokens_and_attributes(descriptions, prompt)
+        for request, melody in zip(attributes, melody_wavs or [], strict=False):
+            if melody is not None:
+                request.wav["self_wav"] = self._wav_condition(melody)
+        return attributes, tokens
+
+    def _wav_condition(self, melody: Tensor) -> WavCondition:
+        length = torch.tensor([melody.shape[-1]])
+        return WavCondition(melody[None].to(self.device), length, [self.sample_rate], [None])
+
+    def _conditions(
+        self,
+        attributes: list[ConditioningAttributes],
+        params: GenerationParams,
+        seeds: list[int] | None,
+        windows: list[Window],
+    ) -> Callable[[Window], Conditions]:
+        """A waveform is cut anew for every window: it plays on, from its start again where it ends."""
+        if len(windows) == 1 or not any(a.wav for a in attributes):
+            return super()._conditions(attributes, params, seeds, windows)
+
+        def conditions_of(window: Window) -> Conditions:
+            cut = [self._cut(request, window.start / self.frame_rate) for request in attributes]
+            return self.lm.encode(cut, params, seeds, window.start)
+
+        return conditions_of
+
+    def _cut(self, request: ConditioningAttributes, seconds: float) -> ConditioningAttributes:
+        """`max_duration` seconds of the request's waveform from `seconds` on, repeated periodically."""
+        condition = request.wav.get("self_wav")
+        if condition is None:
+            return request
+        wav = condition.wav[0]
+        index = torch.arange(int(self.max_duration * self.sample_rate), device=wav.device)
+        index = (index + int(seconds * self.sample_rate)) % wav.shape[-1]
+        return ConditioningAttributes(request.text, {"self_wav": self._wav_condition(wav[:, index])})
