@@ -52,10 +52,12 @@ class Layer(nn.Module):
         self.norm1 = nn.LayerNorm(d, eps=EPS)
         self.qkv = nn.Linear(d, 3 * d, bias=False)
         self.attn_out = nn.Linear(d, d, bias=False)
-        self.norm_cross = nn.LayerNorm(d, eps=EPS) if cross else None
-        self.cross_q = nn.Linear(d, d, bias=False) if cross else None
-        self.cross_kv = nn.Linear(d, 2 * d, bias=False) if cross else None
-        self.cross_out = nn.Linear(d, d, bias=False) if cross else None
+        self.has_cross = cross
+        if cross:
+            self.norm_cross = nn.LayerNorm(d, eps=EPS)
+            self.cross_q = nn.Linear(d, d, bias=False)
+            self.cross_kv = nn.Linear(d, 2 * d, bias=False)
+            self.cross_out = nn.Linear(d, d, bias=False)
         self.norm2 = nn.LayerNorm(d, eps=EPS)
         self.ffn_in = nn.Linear(d, config.ffn_dim, bias=False)
         self.ffn_out = nn.Linear(config.ffn_dim, d, bias=False)
@@ -70,7 +72,7 @@ class Layer(nn.Module):
         q, k, v = (self.heads(part) for part in self.qkv(self.norm1(x).to(dtype)).chunk(3, dim=-1))
         attended = F.scaled_dot_product_attention(q, k, v, attn_mask=causal)
         x = x + self.attn_out(rearrange(attended, "r h s e -> r s (h e)")).to(x.dtype)
-        if self.cross_q is not None and cross is not None:
+        if self.has_cross and cross is not None:
             q = self.heads(self.cross_q(self.norm_cross(x).to(dtype)))
             k, v = (self.heads(part) for part in self.cross_kv(cross.to(dtype)).chunk(2, dim=-1))
             attended = F.scaled_dot_product_attention(q, k, v, attn_mask=cross_mask)

@@ -188,7 +188,7 @@ def sample_with_noise(
 def sample_seeded(
     logits: Tensor, params: SamplingParams, seed: Tensor, step: Tensor, stream: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """One column drawn with Philox noise. seed, step, stream: int64 [B]. Returns tokens int64 and status int32 [B, K]."""
+    """One column drawn with Philox noise; seed, step, stream int64 [B]. Returns tokens int64, status int32 [B, K]."""
     _, _, num_codebooks, vocab = logits.shape
     stream = torch.zeros_like(seed) if stream is None else stream
     fill = native.race_noise if logits.device.type == "cpu" and native.available() else race_noise

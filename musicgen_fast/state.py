@@ -49,7 +49,8 @@ class Conditions:
 
     def prefix_lengths(self) -> list[int]:
         """Prefix positions of every row."""
-        return [len(p) for branch in self.branches for p in (branch.prefix or [()] * self.batch)]
+        per_branch = [[len(p) for p in b.prefix] if b.prefix else [0] * self.batch for b in self.branches]
+        return sum(per_branch, [])
 
 
 @dataclass

@@ -83,7 +83,7 @@ class Conditioner:
     # -- waveforms ----------------------------------------------------------------------------------------------------
 
     def encode_melody(self, wav: Tensor | None, sample_rate: int, seed: int | None = None) -> Tensor:
-        """Chroma prefix [chroma_length, d] of a waveform [C, n]; None gives the null melody: pitch class C throughout."""
+        """Chroma prefix [chroma_length, d] of a waveform [C, n]; None: the null melody, pitch class C throughout."""
         from .melody import load_demucs, melody_chroma, null_chroma
 
         assert self.config.melody is not None and self.transformer.melody_proj is not None

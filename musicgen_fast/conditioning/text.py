@@ -14,7 +14,7 @@ import struct
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -30,6 +30,12 @@ _EXTRA_IDS = 100  # sentinels that spiece.model lacks: <extra_id_99> .. <extra_i
 _CACHED_TEXTS = 256
 _CACHED_ROWS = 65536  # 201 MB of states at D = 768: bounds the cache where texts are pages long
 _HINT = "give text_encoder= the folder of a T5 (config.json, its weights, spiece.model or tokenizer.json)"
+
+
+class SupportsIds(Protocol):
+    """Any tokenizer: a text to T5 ids, the end token included."""
+
+    def ids(self, text: str) -> list[int]: ...
 
 
 class TextTokenizer:
@@ -158,7 +164,7 @@ class TextEncoder:
         tokenizer: of the same T5.
     """
 
-    def __init__(self, model: Any, tokenizer: TextTokenizer, device: str | torch.device = "cpu"):
+    def __init__(self, model: Any, tokenizer: SupportsIds, device: str | torch.device = "cpu"):
         self.model = model.to(device=device, dtype=torch.float32).eval().requires_grad_(False)
         self.tokenizer = tokenizer
         self.device = torch.device(device)

@@ -51,7 +51,7 @@ class TorchDecoder:
             inside = torch.arange(padded.shape[1], device=padded.device) < lengths[:, None]
             state.cross_mask = inside[:, None, None, :]
         for layer in self._layers():
-            kv = F.linear(padded, layer.cross_kv.weight)  # type: ignore[union-attr]
+            kv = F.linear(padded, layer.cross_kv.weight)
             kv = kv.unflatten(-1, (2, self.config.num_heads, -1))  # [Rc, N, 2, H, dh]
             state.cross_kv.append(kv.permute(2, 0, 3, 1, 4).contiguous())
 
@@ -126,9 +126,9 @@ class TorchDecoder:
         if state.cross_kv:
             keys, values = state.cross_kv[index]
             rows = len(keys)
-            q = layer.heads(layer.cross_q(layer.norm_cross(x[:rows]).to(dtype)))  # type: ignore[misc]
+            q = layer.heads(layer.cross_q(layer.norm_cross(x[:rows]).to(dtype)))
             attended = F.scaled_dot_product_attention(q, keys, values, attn_mask=state.cross_mask)
-            x[:rows] += layer.cross_out(attended.transpose(1, 2).flatten(2)).to(x.dtype)  # type: ignore[misc]
+            x[:rows] += layer.cross_out(attended.transpose(1, 2).flatten(2)).to(x.dtype)
         return x + layer.ffn_out(F.gelu(layer.ffn_in(layer.norm2(x).to(dtype)))).to(x.dtype)
 
     def _step_layer(self, state: State, index: int, layer: Layer, x: Tensor, place: _Place) -> Tensor:
@@ -145,10 +145,10 @@ class TorchDecoder:
             keys, values = state.cross_kv[index].unbind()
             rows = len(keys)
             norm = layer.norm_cross
-            h = F.layer_norm(x[:rows], d, norm.weight, norm.bias, EPS).to(dtype)  # type: ignore[union-attr]
-            q = F.linear(h, layer.cross_q.weight).view(rows, heads, 1, -1)  # type: ignore[union-attr]
+            h = F.layer_norm(x[:rows], d, norm.weight, norm.bias, EPS).to(dtype)
+            q = F.linear(h, layer.cross_q.weight).view(rows, heads, 1, -1)
             a = F.scaled_dot_product_attention(q, keys, values, attn_mask=state.cross_mask)
-            x[:rows] += F.linear(a.view(rows, -1), layer.cross_out.weight)  # type: ignore[union-attr]
+            x[:rows] += F.linear(a.view(rows, -1), layer.cross_out.weight)
         h = F.layer_norm(x, d, layer.norm2.weight, layer.norm2.bias, EPS).to(dtype)
         return x + F.linear(F.gelu(F.linear(h, layer.ffn_in.weight)), layer.ffn_out.weight)
 

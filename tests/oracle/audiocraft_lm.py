@@ -203,7 +203,7 @@ def _is_chroma(lm) -> bool:
 
 
 def build_musicgen(kind="text", seed=0, max_duration=30, **sizes):
-    """A whole audiocraft MusicGen with its debug codec: 25 frames a second, 400 codes; channels interleaved for stereo."""
+    """A whole audiocraft MusicGen with its debug codec: 25 frames a second, 400 codes; stereo is interleaved."""
     load()
     from audiocraft.models import builders
     from audiocraft.models.encodec import InterleaveStereoCompressionModel
