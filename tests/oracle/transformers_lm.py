@@ -12,6 +12,7 @@ import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -25,11 +26,12 @@ _T5_VOCAB = 96  # above the 80 pieces of the vocabulary that `save` writes
 def build(kind="text", seed=0, dim=64, heads=4, layers=3, vocab=64, text_dim=24):
     """A model of one of transformers' two classes; the global random state is left as it was.
 
-    Weights are drawn wide (variance 1 / fan-in; embeddings and heads 4 times that deviation, norms off 1 and 0), so that
-    every part moves the logits and a mistake in any shows in the tokens.
+    Weights are drawn wide (variance 1 / fan-in; embeddings and heads 4 times that deviation, norms off 1 and 0): every
+    part moves the logits, and a mistake in any shows in the tokens.
     """
     import transformers as tf
 
+    model: Any
     melody, channels = "melody" in kind, 2 if "stereo" in kind else 1
     text = tf.T5Config(vocab_size=_T5_VOCAB, d_model=text_dim, d_kv=8, d_ff=48, num_layers=2, num_heads=3)
     decoder = (tf.MusicgenMelodyDecoderConfig if melody else tf.MusicgenDecoderConfig)(
