@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from .arena import move_to_huge_pages
 from .checkpoints import Checkpoint, load_checkpoint
 from .codec import EnCodec, InterleaveStereo
 from .conditioning import Conditioner
@@ -43,7 +44,9 @@ def load_parts(
     dtype = pick_precision(precision, device)
     checkpoint = load_checkpoint(name, text_encoder=text_encoder, dtype=dtype, revision=revision, cache_dir=cache_dir)
     transformer = Transformer.from_weights(checkpoint.config, checkpoint.lm).set_precision(dtype).to(device)
-    checkpoint.lm.clear()
+    checkpoint.lm.clear()  # the only other owner: from here on each matrix is freed as it is moved
+    if device.type == "cpu":
+        move_to_huge_pages(transformer)
     conditioner = Conditioner(
         checkpoint.config, transformer, _text_encoder(checkpoint, device), _style(checkpoint, device)
     )

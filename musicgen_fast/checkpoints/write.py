@@ -92,7 +92,11 @@ def write_transformers_folder(
                 shutil.copyfile(text.tokenizer_folder / name, folder / name)
     else:
         write_vocabulary(folder, captions)
-    save_file(tensors, str(folder / "model.safetensors"), metadata={"format": "pt"})
+    weights = folder / "model.safetensors"
+    save_file(tensors, str(weights), metadata={"format": "pt"})
+    weights.chmod(
+        (folder / "spiece.model").stat().st_mode if (folder / "spiece.model").exists() else 0o644
+    )  # it is 0600
     _write_json(folder / "config.json", config)
     _write_json(folder / "generation_config.json", generation_config(checkpoint.config))
     return folder
