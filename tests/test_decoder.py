@@ -55,7 +55,7 @@ def run(model: Transformer, conditions: Conditions, prompt: int = 0) -> tuple[li
     return recorder.logits, state
 
 
-def check(model: Transformer, conditions: Conditions, prompt: int = 0) -> None:
+def check(model: Transformer, conditions: Conditions, prompt: int = 0) -> State:
     """Every column's logits equal those of one pass of the reference over the finished sequence, row by row."""
     logits, state = run(model, conditions, prompt)
     first = state.pattern.first_step(prompt)
@@ -68,6 +68,7 @@ def check(model: Transformer, conditions: Conditions, prompt: int = 0) -> None:
             )[0]
             for i, column in enumerate(logits):
                 torch.testing.assert_close(column[n, b], expected[first - 1 + i], rtol=2e-4, atol=2e-4)
+    return state
 
 
 def states(*lengths: int) -> list[torch.Tensor]:
@@ -75,11 +76,13 @@ def states(*lengths: int) -> list[torch.Tensor]:
 
 
 @pytest.mark.parametrize("prompt", [0, 4])
-@pytest.mark.parametrize("lengths", [(5,), (5, 5), (3, 7, 1)])
-def test_cross_attention(lengths, prompt):
-    """Texts of one batch differ in length; the null branch is skipped, and is what zeros would have given."""
+@pytest.mark.parametrize("lengths,absorbed", [((5,), True), ((2, 6), True), ((3, 4, 1), True), ((3, 7, 1), False)])
+def test_cross_attention(lengths, absorbed, prompt):
+    """Texts of one batch differ in length; short ones are folded into the projections; the null branch is skipped,
+    and is what zeros would have given."""
     model = random_model("cross")
-    check(model, Conditions(len(lengths), [Branch(cross=states(*lengths)), Branch()], 2), prompt)
+    state = check(model, Conditions(len(lengths), [Branch(cross=states(*lengths)), Branch()], 2), prompt)
+    assert bool(state.absorbed) == absorbed
     zeros = model(torch.zeros(1, 4, 3, dtype=torch.int64), None, torch.zeros(1, 6, 32))
     torch.testing.assert_close(zeros, model(torch.zeros(1, 4, 3, dtype=torch.int64)), rtol=0, atol=0)
 
