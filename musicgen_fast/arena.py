@@ -27,9 +27,12 @@ def move_to_huge_pages(module: nn.Module) -> bool:
     sizes = [-(-p.numel() * p.element_size() // _ALIGN) * _ALIGN for p in parameters]
     if not parameters:
         return False
-    # MAP_PRIVATE: Python's default, MAP_SHARED, is shared memory, which gets no transparent huge pages
-    arena = mmap.mmap(-1, sum(sizes) + _HUGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    arena.madvise(mmap.MADV_HUGEPAGE)
+    try:
+        # MAP_PRIVATE: Python's default, MAP_SHARED, is shared memory, which gets no transparent huge pages
+        arena = mmap.mmap(-1, sum(sizes) + _HUGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        arena.madvise(mmap.MADV_HUGEPAGE)
+    except OSError:  # a kernel without transparent huge pages, or no memory to reserve: keep what is there
+        return False
     memory = torch.frombuffer(arena, dtype=torch.uint8)  # keeps the mapping alive as long as a view of it lives
     offset = -memory.data_ptr() % _HUGE
     for parameter, size in zip(parameters, sizes, strict=True):

@@ -109,8 +109,8 @@ def build_parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.Argument
         "generate",
         help="make music: one sound file and one JSON file for every piece",
         usage="%(prog)s [options] [PROMPT ...]",
-        description="Make music. Writes a sound file for every piece, and beside it a JSON file with all that\n"
-        "it takes to make it again. Options may be spelled with - or with _.",
+        description="Make music. Writes a sound file for every piece, and beside it a JSON file with its prompt,\n"
+        "every parameter and the seed. Options may be spelled with - or with _.",
         epilog=f"{_EXAMPLES}\n{_EXIT_CODES}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
@@ -180,6 +180,7 @@ def _model_options(parser: argparse.ArgumentParser) -> None:
         help="of the matrices (default: float32 on a CPU, float16 on a GPU)",
     )  # fmt: skip
     group.add_argument("--text-encoder", metavar="NAME", help="folder or hub id of the T5, for files without one")
+    group.add_argument("--style-encoder", metavar="NAME", help="folder or hub id of MERT, for style models")
     group.add_argument(
         "--batch-size", type=_count, metavar="N", help="pieces made at the same time (default: 1 on a CPU, 8 on a GPU)"
     )

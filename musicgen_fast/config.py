@@ -60,7 +60,7 @@ class MelodyConfig:
 
 @dataclass(frozen=True, slots=True)
 class StyleConfig:
-    """Style conditioning of musicgen-style (audiocraft `StyleConditioner`): MERT, transformer, RVQ, some of the frames."""
+    """Style conditioning of musicgen-style (audiocraft `StyleConditioner`): MERT, transformer, RVQ, every 15th."""
 
     sample_rate: int = 32000
     feature_name: str = "m-a-p/MERT-v1-95M"

@@ -6,8 +6,9 @@ included) into `Conditions`, windows and a `Sampler`. Tokens only: no codec, no 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from types import SimpleNamespace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,7 +18,7 @@ from .conditioning import COMPAT, Conditioner, ConditioningAttributes
 from .config import GenerationParams, ModelConfig
 from .decoders.torch import TorchDecoder
 from .model import Transformer
-from .sampling import SamplingParams
+from .sampling import SamplingParams, signed_seed
 from .state import Conditions, Sampler
 from .windows import Window, plan_windows
 
@@ -39,9 +40,11 @@ class LMModel:
         self.cfg_coef = self.config.cfg_coef
         self.two_step_cfg = self.config.two_step_cfg
         self._compat = "isolated"
-        parts = {"description": conditioner.text}
+        parts: dict[str, Any] = {"description": conditioner.text}
         if self.config.melody is not None or self.config.style is not None:
-            parts = {"self_wav": conditioner.style or self.config.melody, **parts}
+            # what scripts set on audiocraft's melody conditioner is what this one always does
+            melody = SimpleNamespace(match_len_on_eval=True, _use_masking=False)
+            parts = {"self_wav": conditioner.style or melody, **parts}
         self.condition_provider = SimpleNamespace(conditioners=parts)
 
     @property
@@ -77,6 +80,10 @@ class LMModel:
     @property
     def device(self) -> torch.device:
         return self.transformer.device
+
+    def parameters(self) -> Iterator[torch.nn.Parameter]:
+        """The transformer's parameters (scripts ask the first one for its device)."""
+        return self.transformer.parameters()
 
     @torch.no_grad()
     def generate(
@@ -145,7 +152,7 @@ class LMModel:
         guidance = "cfg"
         if params.cfg_coef_beta is not None:
             guidance = "double"
-        elif params.cfg_coef == 1 or unconditional:
+        elif self._coefficient(params) == 1 or unconditional:
             guidance = "none"  # u + (c - u) * 1 is c, and without a condition c is u: the same law, half the rows
         if seeds is not None:
             seeds = [(s << 32) + first_frame for s in seeds]
@@ -169,14 +176,11 @@ class LMModel:
     def sampler(self, params: GenerationParams, batch: int, seeds: list[int] | None) -> Sampler:
         """audiocraft's precedence: greedy without sampling or at temperature <= 0; top_p switches top_k off."""
         greedy = not params.use_sampling or params.temperature <= 0
-        coefficient = params.cfg_coef
-        if self.compat == "audiocraft" and params.two_step_cfg and params.cfg_coef_beta is None:
-            coefficient = self.cfg_coef  # its two-step branch reads the model's coefficient, not the argument
         tensors = SamplingParams.build(
             batch,
             self.config.num_codebooks,
             self.device,
-            cfg_coef=coefficient,
+            cfg_coef=self._coefficient(params),
             cfg_coef_beta=params.cfg_coef_beta,
             temperature=0.0 if greedy else params.temperature,
             top_k=0 if params.top_p > 0 else params.top_k,
@@ -184,6 +188,11 @@ class LMModel:
         )
         counted = None if seeds is None else torch.tensor(seeds, dtype=torch.int64, device=self.device)
         return Sampler(tensors, counted, all_greedy=greedy)
+
+    def _coefficient(self, params: GenerationParams) -> float:
+        """audiocraft's two-step branch reads the model's coefficient, not the argument; so does its compat mode."""
+        ignored = self.compat == "audiocraft" and params.two_step_cfg and params.cfg_coef_beta is None
+        return self.cfg_coef if ignored else params.cfg_coef
 
     def _batch_size(self, prompt: Tensor | None, conditions, num_samples: int | None) -> int:
         sizes = {}
@@ -219,11 +228,10 @@ def request_seeds(seed: int | Sequence[int] | None, batch: int) -> list[int] | N
     """One signed 64-bit seed per request: an int s gives request b the seed s + b; a list has one for each."""
     if seed is None:
         return None
-    if isinstance(seed, (bool, str)) or not isinstance(seed, (int, Sequence)):
-        raise TypeError(f"seed must be None, an int or a list of ints, got {type(seed).__name__}")
-    seeds = [seed + b for b in range(batch)] if isinstance(seed, int) else list(seed)
-    if len(seeds) != batch:
-        raise ValueError(f"{len(seeds)} seeds were given for {batch} requests")
-    if not all(isinstance(s, int) and -(2**63) <= s < 2**64 for s in seeds):
-        raise ValueError("seeds must be integers of 64 bits")
-    return [(s + 2**63) % 2**64 - 2**63 for s in seeds]
+    if isinstance(seed, Sequence) and not isinstance(seed, str):
+        seeds = [signed_seed(s) for s in seed]
+        if len(seeds) != batch:
+            raise ValueError(f"{len(seeds)} seeds were given for {batch} requests")
+        return seeds
+    first = signed_seed(seed)
+    return [signed_seed((first + b) % 2**64) for b in range(batch)]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -38,20 +38,39 @@ def load_parts(
     precision: str | None = None,
     revision: str | None = None,
     cache_dir: str | Path | None = None,
+    style_encoder: str | Path | None = None,
 ) -> Parts:
     """Load a checkpoint and build its parts; the arguments of `MusicGen.get_pretrained`."""
     device = pick_device(device)
     dtype = pick_precision(precision, device)
     checkpoint = load_checkpoint(name, text_encoder=text_encoder, dtype=dtype, revision=revision, cache_dir=cache_dir)
-    transformer = Transformer.from_weights(checkpoint.config, checkpoint.lm).set_precision(dtype).to(device)
+    transformer = Transformer.from_weights(checkpoint.config, checkpoint.lm).to(device)
     checkpoint.lm.clear()  # the only other owner: from here on each matrix is freed as it is moved
     if device.type == "cpu":
         move_to_huge_pages(transformer)
     conditioner = Conditioner(
-        checkpoint.config, transformer, _text_encoder(checkpoint, device), _style(checkpoint, device)
+        checkpoint.config,
+        transformer,
+        _text_encoder(checkpoint, device),
+        _style(checkpoint, device, style_encoder),
     )
-    lm = LMModel(transformer, conditioner, cfg=checkpoint.xp_cfg)
+    minimal = {"dataset": {"segment_duration": checkpoint.config.max_duration}}
+    lm = LMModel(transformer, conditioner, cfg=_Settings.of(checkpoint.xp_cfg or minimal))
     return Parts(checkpoint.name, lm, _codec(checkpoint, device))
+
+
+class _Settings(dict):
+    """A checkpoint's training configuration, read as `cfg.dataset.segment_duration` or by key, as scripts do."""
+
+    @classmethod
+    def of(cls, value: Any) -> Any:
+        return cls({k: cls.of(v) for k, v in value.items()}) if isinstance(value, dict) else value
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return self[name]
+        except KeyError:
+            raise AttributeError(name) from None
 
 
 def pick_device(device: str | torch.device | None) -> torch.device:
@@ -64,6 +83,10 @@ def pick_device(device: str | torch.device | None) -> torch.device:
         raise ValueError(f"unknown device {device!r}: {error}") from None
     if picked.type == "cuda" and not torch.cuda.is_available():
         raise ValueError("device 'cuda' was asked for, but torch sees no GPU; use device='cpu' or install a CUDA torch")
+    if picked.type == "cuda" and (picked.index or 0) >= torch.cuda.device_count():
+        raise ValueError(
+            f"device {device!r} was asked for, but there are {torch.cuda.device_count()} GPUs, from cuda:0"
+        )
     return picked
 
 
@@ -91,13 +114,17 @@ def _text_encoder(checkpoint: Checkpoint, device: torch.device) -> Any:
     return TextEncoder.from_weights(source.config, source.tensors, source.tokenizer_folder, device)
 
 
-def _style(checkpoint: Checkpoint, device: torch.device) -> Any:
-    """The style conditioner; its MERT is loaded at the first waveform."""
-    if checkpoint.style is None or checkpoint.config.style is None:
+def _style(checkpoint: Checkpoint, device: torch.device, style_encoder: str | Path | None) -> Any:
+    """The style conditioner. MERT (named, in mert/ beside the model, or the hub's) is loaded at the first waveform."""
+    config = checkpoint.config.style
+    if checkpoint.style is None or config is None:
         return None
     from .conditioning.style import StyleConditioner
 
-    return StyleConditioner.from_weights(checkpoint.config.style, checkpoint.config.dim, checkpoint.style).to(device)
+    beside = Path(checkpoint.name) / "mert"
+    mert = style_encoder or (beside if beside.is_dir() else config.feature_name)
+    config = replace(config, feature_name=str(mert))
+    return StyleConditioner.from_weights(config, checkpoint.config.dim, checkpoint.style).to(device)
 
 
 def _codec(checkpoint: Checkpoint, device: torch.device) -> EnCodec | InterleaveStereo:

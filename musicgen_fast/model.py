@@ -108,13 +108,6 @@ class Transformer(nn.Module):
         model.load_state_dict(weights, strict=True, assign=True)
         return model.eval().requires_grad_(False)
 
-    def set_precision(self, dtype: torch.dtype) -> Transformer:
-        """Matrices in `dtype`; norms and the conditioners' projections stay fp32: small, and they decide accuracy."""
-        for name, parameter in self.named_parameters():
-            small = parameter.dim() < 2 or name.startswith(("text_proj", "melody_proj"))
-            parameter.data = parameter.data.to(torch.float32 if small else dtype)
-        return self
-
     @property
     def dtype(self) -> torch.dtype:
         return self.heads.weight.dtype

@@ -36,6 +36,7 @@ class MusicGen(GenerationModel):
         device: str | torch.device | None = None,
         *,
         text_encoder: str | Path | None = None,
+        style_encoder: str | Path | None = None,
         precision: str | None = None,
         revision: str | None = None,
         cache_dir: str | Path | None = None,
@@ -45,8 +46,9 @@ class MusicGen(GenerationModel):
         Args:
             name: a hub id, a short name (small, medium, large, melody, style), a local folder in transformers' or
                 audiocraft's layout, or "random:small[-stereo][-melody]" for random weights of a released size.
-            device: default: 'cuda' where there is a GPU, else 'cpu'. Any torch device.
+            device: 'cpu', 'cuda' or 'cuda:N'; default: 'cuda' where there is a GPU, else 'cpu'.
             text_encoder: folder or hub id of the T5, for audiocraft folders that come without one.
+            style_encoder: folder or hub id of MERT for style models; default: a folder mert/ beside, else the hub's.
             precision: 'float32', 'float16' or 'bfloat16' matrices; default float32 on a CPU (the reference's tokens)
                 and float16 on a GPU. The residual stream and the norms are fp32 in any case.
             revision, cache_dir: as in huggingface_hub. With HF_HUB_OFFLINE=1 nothing is asked of the network.
@@ -54,7 +56,7 @@ class MusicGen(GenerationModel):
         Raises:
             CheckpointError: nothing there, damaged or unsupported files, missing keys; names the file and the key.
         """
-        parts = load_parts(name, device, text_encoder, precision, revision, cache_dir)
+        parts = load_parts(name, device, text_encoder, precision, revision, cache_dir, style_encoder)
         return MusicGen(parts.name, parts.codec, parts.lm)
 
     def set_generation_params(
@@ -140,7 +142,6 @@ class MusicGen(GenerationModel):
             RuntimeError: the model takes text only.
             ImportError: demucs is needed and missing.
         """
-        conditioner = self.lm.conditioner
         if self.lm.config.melody is None and self.lm.config.style is None:
             raise RuntimeError(
                 f"{self.name} takes no melody or style audio: use a melody or style model, "
@@ -148,12 +149,10 @@ class MusicGen(GenerationModel):
             )
         texts = checked_texts(descriptions)
         melodies = self._checked_melodies(melody_wavs, melody_sample_rate, len(texts))
-        previous, conditioner.separate = conditioner.separate, separate
-        try:
-            attributes, prompt = self._prepare_tokens_and_attributes(texts, None, melodies)
-            return self._finish(self._generate_tokens(attributes, prompt, progress, seed), return_tokens)
-        finally:
-            conditioner.separate = previous
+        attributes, prompt = self._prepare_tokens_and_attributes(texts, None, melodies)
+        for request in attributes:
+            request.separate = separate
+        return self._finish(self._generate_tokens(attributes, prompt, progress, seed), return_tokens)
 
     # -- inside -------------------------------------------------------------------------------------------------------
 
@@ -174,7 +173,8 @@ class MusicGen(GenerationModel):
             melody = checked_audio(melody, "melody_wavs", sample_rate)
             if melody.dim() != 2:
                 raise ValueError(f"each melody must be a waveform [C, n], got {list(melody.shape)}")
-            out.append(convert_audio(melody.float(), sample_rate, self.sample_rate, self.audio_channels))
+            melody = convert_audio(melody.float(), sample_rate, self.sample_rate, self.audio_channels)
+            out.append(melody if melody.shape[-1] > 1 else None)  # a single sample is audiocraft's sign for "none"
         return out
 
     def _prepare_tokens_and_attributes(
@@ -218,4 +218,5 @@ class MusicGen(GenerationModel):
         wav = condition.wav[0]
         index = torch.arange(int(self.max_duration * self.sample_rate), device=wav.device)
         index = (index + int(seconds * self.sample_rate)) % wav.shape[-1]
-        return ConditioningAttributes(request.text, {"self_wav": self._wav_condition(wav[:, index])})
+        cut = {"self_wav": self._wav_condition(wav[:, index])}
+        return ConditioningAttributes(request.text, cut, request.separate)

@@ -39,7 +39,7 @@ class Pattern:
         return len(self.table)
 
     def first_step(self, frame: int) -> int:
-        """The first step that holds `frame` for any codebook: generation after a prompt of so many frames starts there."""
+        """The first step that holds `frame` for any codebook: where generation after a prompt that long starts."""
         if not 0 <= frame < self.num_frames:
             raise ValueError(f"frame {frame} is outside of the {self.num_frames} frames of this pattern")
         return int(np.flatnonzero((self.table == frame).any(axis=1))[0])

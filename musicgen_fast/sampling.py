@@ -11,6 +11,7 @@ Shapes: logits [NB, B, K, V]; NB = 1 (conditional), 2 (conditional, null) or 3 (
 
 from __future__ import annotations
 
+import operator
 from dataclasses import dataclass
 
 import torch
@@ -244,11 +245,23 @@ def sample(
         top_p=top_p,
         min_p=min_p,
     )
+    if not isinstance(seed, Tensor):
+        seed = signed_seed(seed)
     counters = [torch.as_tensor(x, dtype=torch.int64, device=logits.device) for x in (seed, step, stream)]
     seeds, steps, streams = (x.expand(batch) for x in counters)
     tokens, status = sample_seeded(logits, params, seeds, steps, streams)
     raise_on_failure(status)
     return tokens
+
+
+def signed_seed(seed: int) -> int:
+    """A seed of 64 bits, signed or unsigned, as int64: the bit pattern counts. Anything else raises."""
+    if isinstance(seed, bool) or not hasattr(seed, "__index__"):
+        raise TypeError(f"a seed must be an int, got {type(seed).__name__}")
+    value = operator.index(seed)
+    if not -(2**63) <= value < 2**64:
+        raise ValueError(f"a seed has 64 bits, got {value}")
+    return (value + 2**63) % 2**64 - 2**63
 
 
 def raise_on_failure(status: Tensor) -> None:

@@ -93,7 +93,7 @@ class State:
         kv: [L, 2, R, H, C, d/H] keys and values; row r holds `lengths[r]` positions.
         cross_kv: per layer keys and values [2, Rc, H, N, d/H] of the first Rc rows (the others attend to nothing).
         cross_mask: bool [Rc, 1, 1, N] where the texts differ in length, else None.
-        absorbed: per layer two [Rc, H*N, d] in the place of the projections around `cross_kv`; empty where not worth it.
+        absorbed: per layer two [Rc, H*N, d] in the place of the projections around `cross_kv`; empty: not worth it.
         sequence: int64 [B, K, S], `UNKNOWN` where nothing is written yet.
         column: the next step of the sequence to be written.
         step_offset: columns of the whole generation before this window; only feeds the sampler's counter.

@@ -82,7 +82,8 @@ def test_prompt_tokens(pair):
 def test_two_step(pair):
     """audiocraft mixes two-step branches with the model's coefficient (3.0) whatever it is asked for."""
     same(pair, ONE, seed=4, two_step_cfg=True)
-    same(pair, ONE, compat="audiocraft", seed=4, two_step_cfg=True, cfg_coef=7.0)
+    for ignored in (7.0, 1.0):
+        same(pair, ONE, compat="audiocraft", seed=4, two_step_cfg=True, cfg_coef=ignored)
     same(pair, UNEQUAL, compat="audiocraft", seed=4, two_step_cfg=True)
     kind, _, mine = pair
     mine.compat = "isolated"
@@ -112,6 +113,19 @@ def test_style_at_the_level_of_the_lm(double, setting):
     torch.manual_seed(8)
     got = mine.generate(None, ours.injected_conditions(theirs, UNEQUAL, double=double), max_gen_len=24, **options)
     assert torch.equal(got, expected)
+
+
+@pytest.mark.parametrize("options", [
+    {}, {"two_step_cfg": True}, {"cfg_coef_beta": 5.0},
+    {"cfg_coef_beta": 2.0, "two_step_cfg": True, "use_sampling": False},
+], ids=str)  # fmt: skip
+def test_style_through_our_conditioner(options):
+    """Branches, prefix lengths and masks of a style model, around a toy in the place of MERT."""
+    theirs = ac.build_lm("style")
+    pair = ("style", theirs, ours.lm_of(theirs, "style"))
+    same(pair, ONE, seed=8, **options)
+    same(pair, UNEQUAL, compat="audiocraft", seed=8, lengths=[20_500, 64_000], **options)
+    same(pair, [None, "slow piano"], compat="audiocraft", seed=8, **options)
 
 
 @pytest.mark.parametrize("dim,heads,card", [(32, 2, 64), (48, 3, 400), (128, 2, 1024), (96, 4, 2048)])

@@ -351,7 +351,7 @@ def test_what_hubert_lacks_is_refused(mert, tmp_path, addition):
 
 
 def test_mert_that_is_not_there_or_not_whole(mert, tmp_path):
-    with pytest.raises(CheckpointError, match=r"no config\.json in .*give the folder of m-a-p/MERT-v1-95M"):
+    with pytest.raises(CheckpointError, match=r"config\.json.*put m-a-p/MERT-v1-95M"):
         load_mert(tmp_path)
     weights = _save(mert, tmp_path, model_type="wav2vec2")
     with pytest.raises(CheckpointError, match="holds a 'wav2vec2' model"):
@@ -365,7 +365,7 @@ def test_mert_that_is_not_there_or_not_whole(mert, tmp_path):
     with pytest.raises(CheckpointError, match="(?s)does not fit its config.json.*encoder.layer_norm.bias"):
         load_mert(tmp_path)
     (tmp_path / "pytorch_model.bin").unlink()
-    with pytest.raises(CheckpointError, match=r"no model\.safetensors or pytorch_model\.bin"):
+    with pytest.raises(CheckpointError, match=r"no model\.safetensors"):
         load_mert(tmp_path)
 
 
@@ -377,9 +377,9 @@ class _Payload:
 def test_code_in_a_weights_file_does_not_run(mert, tmp_path, capsys):
     _save(mert, tmp_path)
     torch.save({"x": _Payload()}, tmp_path / "pytorch_model.bin")
-    with pytest.raises(CheckpointError, match="cannot be read as plain tensors"):
+    with pytest.raises(CheckpointError, match="nothing in it was run"):
         load_mert(tmp_path)
     (tmp_path / "pytorch_model.bin").write_bytes(pickle.dumps(_Payload(), protocol=2))
-    with pytest.raises(CheckpointError, match="cannot be read as plain tensors"):
+    with pytest.raises(CheckpointError, match="nothing in it was run"):
         load_mert(tmp_path)
     assert "ran" not in capsys.readouterr().out

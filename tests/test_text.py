@@ -267,37 +267,3 @@ def test_texts_are_encoded_once_and_forgotten_in_order(t5, letter_folder, monkey
     monkeypatch.setattr(text_module, "_CACHED_ROWS", 5)
     long = encoder.encode("longer than five rows")
     assert len(long) > 5 and len(encoder._cache) == 0
-
-
-def test_from_a_folder(t5, letter_folder):
-    t5.save_pretrained(letter_folder)
-    encoder = TextEncoder.from_pretrained(letter_folder)
-    assert torch.equal(encoder.encode("slow piano"), _encoder(t5, letter_folder).encode("slow piano"))
-    assert not encoder.model.training
-    (letter_folder / "model.safetensors").unlink()
-    with pytest.raises(CheckpointError, match="weights of the text encoder.*text_encoder="):
-        TextEncoder.from_pretrained(letter_folder)
-    (letter_folder / "tokenizer.json").unlink()
-    with pytest.raises(CheckpointError, match=r"no spiece\.model or tokenizer\.json in .*text_encoder="):
-        TextEncoder.from_pretrained(str(letter_folder))
-
-
-def test_a_folder_whose_weights_are_incomplete(t5, letter_folder):
-    from safetensors.torch import load_file, save_file
-
-    t5.save_pretrained(letter_folder)
-    weights = load_file(letter_folder / "model.safetensors")
-    del weights["encoder.final_layer_norm.weight"]
-    save_file(weights, letter_folder / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(CheckpointError, match="lacks weights: encoder.final_layer_norm.weight"):
-        TextEncoder.from_pretrained(letter_folder)
-
-
-def test_a_hub_id_that_is_not_in_the_cache_offline(tmp_path, monkeypatch):
-    from huggingface_hub import constants
-
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
-    for name in ("t5-base", "./no/such/folder/here"):
-        with pytest.raises(CheckpointError, match="neither a folder here nor in the cache.*text_encoder= the folder"):
-            TextEncoder.from_pretrained(name)

@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
+from musicgen_fast.conditioning import Conditioner, ConditioningAttributes
 from musicgen_fast.config import GenerationParams
+from musicgen_fast.lm import LMModel
+from musicgen_fast.model import Transformer
 from musicgen_fast.musicgen import MusicGen
+from musicgen_fast.state import Sampler
 from musicgen_fast.windows import Window, plan_windows
 
+from .checkpoint_writers import tiny
 from .oracle import audiocraft_lm as ac
 from .oracle import ours
 
@@ -110,6 +117,47 @@ def test_seeds_hold_across_windows_and_batches(models):
     assert torch.equal(mine.generate(texts, return_tokens=True, seed=[7, 9])[1], both[:, :, :50])
     consecutive = mine.generate(texts, return_tokens=True, seed=7)[1]
     assert torch.equal(consecutive, mine.generate(texts, return_tokens=True, seed=[7, 8])[1])
+
+
+@ac.needs_audiocraft
+def test_a_request_does_not_depend_on_its_batch(models):
+    """Alone, at another place, beside a request without a text: the same tokens."""
+    kind, _, mine = models
+    mine.set_generation_params(duration=3, extend_stride=1)
+    texts, seeds = ["slow piano", None, "fast drums and a very long bass line"], [7, 8, 9]
+    tokens = mine.generate(texts, return_tokens=True, seed=seeds)[1]
+    for order in ([2, 0, 1], [1, 2], [0], [2]):
+        part = mine.generate([texts[i] for i in order], return_tokens=True, seed=[seeds[i] for i in order])[1]
+        assert torch.equal(part, tokens[order])
+
+
+@ac.needs_audiocraft
+def test_columns_are_counted_over_all_windows(models, monkeypatch):
+    """The noise of a seeded run is numbered by the column of the whole generation: no two windows share it."""
+    _, _, mine = models
+    mine.set_generation_params(duration=4, extend_stride=1)  # 100 frames in windows of 50, 25 apart
+    steps, inner = [], Sampler.__call__
+    monkeypatch.setattr(Sampler, "__call__", lambda self, logits, step: steps.append(step) or inner(self, logits, step))
+    mine.generate(["slow piano"], seed=3)
+    first = list(range(1, 54))
+    later = [offset + column for offset in (25, 50) for column in range(26, 54)]
+    assert steps == first + later
+
+
+@pytest.mark.parametrize("duration", [31, 36.4, 30.06, 40, 48, 60, 120])
+def test_durations_through_the_class(duration, monkeypatch):
+    """`int(duration * frame_rate)` frames, whatever the floats do."""
+    folder = tiny("text")
+    with torch.device("meta"):
+        transformer = Transformer(folder.config)
+    codec = SimpleNamespace(frame_rate=50.0, sample_rate=32000, channels=1)
+    model = MusicGen("stub", codec, LMModel(transformer, Conditioner(folder.config, transformer)))
+    model.set_generation_params(duration=duration)
+    planned = []
+    monkeypatch.setattr(model.lm, "_checked_prompt", lambda prompt, batch: prompt)
+    monkeypatch.setattr(model.lm, "run", lambda windows, *rest: planned.extend(windows))
+    model._generate_tokens([ConditioningAttributes()], None)
+    assert planned[-1].end == int(duration * 50) and planned[0].start == 0
 
 
 @ac.needs_audiocraft

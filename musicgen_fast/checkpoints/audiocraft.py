@@ -247,7 +247,7 @@ def _codec_of_pointer(
     beside = _codec_beside(source)
     if beside is not None:
         return _codec_of_folder(beside)
-    for local in (Path(name), path.parent / name):
+    for local in (path.parent / name, Path(name)):
         if local.is_file():
             return _codec_of_package(_load_package(local), local)
         if local.is_dir():

@@ -10,6 +10,8 @@ decoder attends to exactly the states that it is given.
 
 from __future__ import annotations
 
+import math
+import random
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -39,6 +41,7 @@ class ConditioningAttributes:
 
     text: dict[str, str | None] = field(default_factory=dict)
     wav: dict[str, WavCondition] = field(default_factory=dict)
+    separate: bool = True  # melody models: follow vocals and other, separated by demucs, or the mix as it is
 
 
 class Conditioner:
@@ -49,13 +52,13 @@ class Conditioner:
         style: `StyleConditioner`; the chromagram needs no module of its own.
     """
 
-    def __init__(self, config: ModelConfig, transformer: Transformer, text=None, style=None, separate: bool = True):
+    def __init__(self, config: ModelConfig, transformer: Transformer, text=None, style=None):
         self.config = config
         self.transformer = transformer
         self.text = text
         self.style = style
-        self.separate = separate  # melody: take vocals and other by demucs, or the mix as it is
-        self._demucs = None  # loaded at the first melody that is separated
+        self._chroma = None  # the filter bank and demucs: made at the first melody that needs them
+        self._demucs = None
 
     # -- text ---------------------------------------------------------------------------------------------------------
 
@@ -65,8 +68,8 @@ class Conditioner:
             return None
         if self.text is None:
             raise ValueError(
-                "this model was loaded without its text encoder; pass text_encoder= (a folder or hub id of the T5) "
-                "to get_pretrained, or generate unconditionally"
+                "this model was loaded without a text encoder or its tokenizer (spiece.model or tokenizer.json): pass "
+                "text_encoder=, a folder or hub id of its T5, to get_pretrained, or generate unconditionally"
             )
         states = self.text.encode(text)
         projection = self.transformer.text_proj
@@ -82,25 +85,30 @@ class Conditioner:
 
     # -- waveforms ----------------------------------------------------------------------------------------------------
 
-    def encode_melody(self, wav: Tensor | None, sample_rate: int, seed: int | None = None) -> Tensor:
+    def encode_melody(
+        self, wav: Tensor | None, sample_rate: int, seed: int | None = None, separate: bool = True
+    ) -> Tensor:
         """Chroma prefix [chroma_length, d] of a waveform [C, n]; None: the null melody, pitch class C throughout."""
-        from .melody import load_demucs, melody_chroma, null_chroma
+        from .melody import ChromaExtractor, load_demucs, melody_chroma, null_chroma
 
         assert self.config.melody is not None and self.transformer.melody_proj is not None
         device = self.transformer.norm.weight.device
         if wav is None:
             chroma = null_chroma(self.config.melody)
         else:
-            if self.separate and self._demucs is None:
+            if separate and self._demucs is None:
                 self._demucs = load_demucs(device)
+            if self._chroma is None:
+                self._chroma = ChromaExtractor(self.config.melody, device)
             chroma = melody_chroma(
                 wav,
                 sample_rate,
                 self.config.melody,
-                separate=self.separate,
+                separate=separate,
                 device=device,
                 seed=seed,
                 demucs=self._demucs,
+                extractor=self._chroma,
             )
         return self.transformer.melody_proj(chroma.to(device))
 
@@ -111,10 +119,15 @@ class Conditioner:
             if compat == "audiocraft":
                 wavs = _pad_to_longest(wavs)
             null = self.encode_melody(None, 0)
-            given = [
-                null if w is None else self.encode_melody(w[0], w[1], None if seeds is None else seeds[b])
-                for b, w in enumerate(wavs)
-            ]
+            given = [null] * len(wavs)
+            drawn = random.getstate()
+            for b, (wav, request) in enumerate(zip(wavs, attributes, strict=True)):
+                if wav is None:
+                    continue
+                if compat == "audiocraft":
+                    random.setstate(drawn)  # one call of demucs for the whole batch there: one shift for all
+                seed = None if seeds is None else seeds[b]
+                given[b] = self.encode_melody(*wav, seed=seed, separate=request.separate)
             return given, [null] * len(wavs)
         if self.config.style is not None:
             return self._style_prefixes(wavs, compat, seeds)
@@ -123,6 +136,7 @@ class Conditioner:
     def _style_prefixes(self, wavs: list, compat: str, seeds) -> tuple[list, list]:
         if self.style is None:
             raise ValueError("this style model was loaded without its style conditioner")
+        samples = [0 if w is None else w[0].shape[-1] for w in wavs]
         if compat == "audiocraft":
             wavs = _pad_to_longest(wavs)
         given: list[Tensor | None] = [None] * len(wavs)
@@ -133,6 +147,10 @@ class Conditioner:
             if seeds is not None or start is None or compat == "isolated":
                 start = self.style.draw_start(wav[0], wav[1], None if seeds is None else seeds[b])
             given[b] = self.style(wav[0], wav[1], start=start)
+            if compat == "audiocraft":  # masked by the length of the waveform, wherever the excerpt was taken
+                style = self.config.style
+                feature_rate = style.feature_rate / style.feature_hop
+                given[b][math.ceil(samples[b] / (wav[1] / feature_rate * self.style.ds_factor)) :] = 0
         longest = max((len(g) for g in given if g is not None), default=1)
         lengths = [longest if compat == "audiocraft" else (1 if g is None else len(g)) for g in given]
         null = [self._zeros(n) for n in lengths]
@@ -165,9 +183,10 @@ class Conditioner:
         if self.config.conditioning == "cross":
             return self._cross(texts, lengths, guidance)
         given, null = self._wav_prefixes(attributes, compat, seeds)
+        two_step &= guidance == "cfg"  # double guidance encodes its three branches together
         if two_step and self.config.style is not None:
             null = [self._zeros(1)] * len(null)
-        null_lengths = [1] * len(lengths) if two_step and guidance == "cfg" else lengths
+        null_lengths = [1] * len(lengths) if two_step else lengths
         rows = [(given, [self._padded(t, n) for t, n in zip(texts, lengths, strict=True)])]
         if guidance == "double":
             rows.append((given, [self._zeros(n) for n in lengths]))

@@ -8,9 +8,7 @@ Shapes: wav [C, T] samples; features [F, 768] at 75 a second; tokens [ceil(F / 1
 
 from __future__ import annotations
 
-import json
 import math
-import pickle
 import random
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -20,9 +18,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ..checkpoints.files import TensorFiles, read_json
+from ..checkpoints.sources import open_source
 from ..config import StyleConfig
 from ..errors import CheckpointError
-from .text import find_file
+from ..model import position_table
 
 __all__ = ["StyleConditioner", "excerpt_start", "load_mert"]
 
@@ -73,15 +73,6 @@ class _Node(nn.Module):
         super().__init__()
         for name, child in children.items():
             self.register_buffer(name, child) if isinstance(child, Tensor) else self.add_module(name, child)
-
-
-def _positions(length: int, dim: int, device: torch.device) -> Tensor:
-    """Sinusoids [length, dim]: cosines in the first half, sines in the second (audiocraft's order and exponents)."""
-    half = dim // 2
-    steps = torch.arange(half, device=device, dtype=torch.float32)
-    rates = torch.full([], 10000.0, device=device) ** (steps / (half - 1))
-    phase = torch.arange(length, device=device, dtype=torch.float32)[:, None] / rates
-    return torch.cat([phase.cos(), phase.sin()], dim=-1)
 
 
 class StyleConditioner(nn.Module):
@@ -214,7 +205,7 @@ class StyleConditioner(nn.Module):
         """Features [F, feature_dim] -> tokens [ceil(F / ds_factor), d]."""
         x = self.embed(features)
         if self.config.num_layers:
-            x = x + _positions(len(x), self.config.dim, x.device)
+            x = x + position_table(len(x), self.config.dim, x.device)
         for index in range(self.config.num_layers):
             x = self.get_submodule(f"transformer.layers.{index}")(x)
         if self.config.batch_norm:
@@ -248,7 +239,10 @@ _MERT_FIELDS = (
     "feat_extract_norm", "feat_extract_activation", "feat_proj_layer_norm", "conv_dim", "conv_stride", "conv_kernel",
     "conv_bias", "num_conv_pos_embeddings", "num_conv_pos_embedding_groups", "do_stable_layer_norm",
 )  # fmt: skip
-_MERT_HINT = "a style model needs MERT: give the folder of m-a-p/MERT-v1-95M (config.json and pytorch_model.bin)"
+_MERT_HINT = (
+    "a style model needs MERT: put m-a-p/MERT-v1-95M (config.json, pytorch_model.bin) into a folder mert/ beside the "
+    "checkpoint, or name its folder as style_encoder="
+)
 
 
 def load_mert(name_or_folder: str | Path, device: str | torch.device = "cpu") -> nn.Module:
@@ -259,7 +253,14 @@ def load_mert(name_or_folder: str | Path, device: str | torch.device = "cpu") ->
     """
     from transformers import HubertConfig, HubertModel
 
-    settings = json.loads(find_file(name_or_folder, ("config.json",), "MERT", _MERT_HINT).read_text(encoding="utf-8"))
+    source = open_source(name_or_folder)
+    config_path = source.find("config.json")
+    if config_path is None:
+        raise CheckpointError(f"{source.missing('config.json')}; {_MERT_HINT}")
+    path = source.find("model.safetensors") or source.find("pytorch_model.bin")
+    if path is None:
+        raise CheckpointError(f"{source.missing('model.safetensors', 'pytorch_model.bin')}; {_MERT_HINT}")
+    settings = read_json(config_path)
     if settings.get("model_type") not in ("mert_model", "hubert"):
         raise CheckpointError(f"{name_or_folder} holds a {settings.get('model_type')!r} model; {_MERT_HINT}")
     additions = [n for n in ("feature_extractor_cqt", "deepnorm", "attention_relax") if (settings.get(n) or 0) > 0]
@@ -268,8 +269,7 @@ def load_mert(name_or_folder: str | Path, device: str | torch.device = "cpu") ->
     known = {name: settings[name] for name in _MERT_FIELDS if name in settings}
     with torch.device("meta"):
         model = HubertModel(HubertConfig(**known, mask_time_prob=0.0, mask_feature_prob=0.0))
-    path = find_file(name_or_folder, ("model.safetensors", "pytorch_model.bin"), "MERT", _MERT_HINT)
-    weights = {_mert_name(name): tensor.float() for name, tensor in _read_tensors(path).items()}
+    weights = {_mert_name(name): tensor.float() for name, tensor in TensorFiles.from_file(path).items()}
     missing = sorted(model.state_dict().keys() - weights.keys())
     if missing:
         raise CheckpointError(f"{path} lacks {len(missing)} tensors of MERT: {', '.join(missing[:6])}")
@@ -285,14 +285,3 @@ def _mert_name(name: str) -> str:
     name = name.removeprefix("mert_model.").removeprefix("hubert.")
     name = name.replace("conv.weight_g", "conv.parametrizations.weight.original0")
     return name.replace("conv.weight_v", "conv.parametrizations.weight.original1")
-
-
-def _read_tensors(path: Path) -> dict[str, Tensor]:
-    if path.suffix == ".safetensors":
-        from safetensors.torch import load_file
-
-        return load_file(path)
-    try:
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError) as error:
-        raise CheckpointError(f"{path} cannot be read as plain tensors: {error}") from error

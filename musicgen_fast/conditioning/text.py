@@ -171,26 +171,6 @@ class TextEncoder:
         self._cache: OrderedDict[str, Tensor] = OrderedDict()
 
     @classmethod
-    def from_pretrained(cls, name_or_folder: str | Path, device: str | torch.device = "cpu") -> TextEncoder:
-        """A T5 from a folder, or from the Hugging Face hub by its id (its cache alone under HF_HUB_OFFLINE=1).
-
-        CheckpointError where it cannot be found or read.
-        """
-        from transformers import T5EncoderModel
-
-        tokenizer = TextTokenizer.load(find_file(name_or_folder, TOKENIZER_FILES, "the text encoder", _HINT).parent)
-        try:
-            loaded: Any = T5EncoderModel.from_pretrained(str(name_or_folder), output_loading_info=True)
-        except (OSError, ValueError) as error:
-            cause = str(error).strip().splitlines()[0]
-            raise CheckpointError(f"weights of the text encoder {str(name_or_folder)!r}: {cause}; {_HINT}") from error
-        model, report = loaded
-        missing = sorted(k for k in report["missing_keys"] if k not in ("shared.weight", "encoder.embed_tokens.weight"))
-        if missing:
-            raise CheckpointError(f"the text encoder {str(name_or_folder)!r} lacks weights: {_some(missing)}")
-        return cls(model, tokenizer, device)
-
-    @classmethod
     def from_weights(
         cls,
         config: Mapping[str, Any],
@@ -254,32 +234,6 @@ def build_t5(config: Mapping[str, Any], tensors: Mapping[str, Tensor], device: s
     _load_strictly(model, weights, "the text encoder of this checkpoint")
     model.tie_weights()
     return model
-
-
-def find_file(name_or_folder: str | Path, names: Sequence[str], what: str, hint: str) -> Path:
-    """The first of `names` that a folder holds, or that a repository of the hub does (offline: of the hub's cache).
-
-    CheckpointError otherwise; `what` says what was wanted and `hint` what to do.
-    """
-    wanted = " or ".join(names)
-    folder, causes = Path(name_or_folder), []
-    if folder.is_dir():
-        found = next((folder / name for name in names if (folder / name).is_file()), None)
-        if found is None:
-            raise CheckpointError(f"{what}: no {wanted} in {folder}; {hint}")
-        return found
-    from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import EntryNotFoundError
-
-    for name in names:
-        try:
-            return Path(hf_hub_download(str(name_or_folder), name))
-        except (OSError, ValueError, EntryNotFoundError) as error:
-            causes.append(error)
-    raise CheckpointError(
-        f"{what}: {str(name_or_folder)!r} is neither a folder here nor in the cache of the Hugging Face hub, and its "
-        f"{wanted} could not be fetched ({type(causes[-1]).__name__}); {hint}"
-    ) from causes[-1]
 
 
 def _load_strictly(model: torch.nn.Module, weights: dict[str, Tensor], what: str) -> None:

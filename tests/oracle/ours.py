@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from musicgen_fast.conditioning import Conditioner, ConditioningAttributes, WavCondition
-from musicgen_fast.config import MelodyConfig, ModelConfig, PatternConfig, TextConfig
+from musicgen_fast.config import MelodyConfig, ModelConfig, PatternConfig, StyleConfig, TextConfig
 from musicgen_fast.lm import LMModel
 from musicgen_fast.model import Transformer
 from musicgen_fast.state import Branch, Conditions
@@ -29,6 +29,24 @@ class ToyTextEncoder:
         return self.t5(input_ids=torch.tensor([self.tokenizer.ids(text)])).last_hidden_state[0]
 
 
+class ToyStyle:
+    """The oracle's toy style conditioner as this project calls a `StyleConditioner`: 32 tokens a second."""
+
+    ds_factor = 1
+
+    def __init__(self, theirs):
+        self.output_proj = theirs.condition_provider.conditioners["self_wav"].output_proj
+
+    def draw_start(self, wav, sample_rate, seed=None):
+        return 0
+
+    @torch.no_grad()
+    def __call__(self, wav, sample_rate, *, start=None, seed=None):
+        frames = wav.mean(0)[: wav.shape[-1] // 1000 * 1000].reshape(-1, 1000)
+        features = torch.stack([frames.mean(-1), frames.abs().mean(-1), frames.std(-1), frames.amax(-1)], -1)
+        return self.output_proj(features)
+
+
 def config_of(lm, kind: str, pattern: PatternConfig | None = None) -> ModelConfig:
     prefix = kind in ("melody", "style")
     delays = tuple(ac.STEREO_DELAYS) if kind == "stereo" else tuple(range(lm.n_q))
@@ -43,20 +61,22 @@ def config_of(lm, kind: str, pattern: PatternConfig | None = None) -> ModelConfi
         conditioning="prefix" if prefix else "cross",
         text=TextConfig("toy", DIM),
         melody=MelodyConfig() if kind == "melody" else None,
+        style=StyleConfig(feature_hop=750, ds_factor=1) if kind == "style" else None,
         audio_channels=2 if kind == "stereo" else 1,
     )
 
 
 def lm_of(theirs, kind: str, pattern: PatternConfig | None = None) -> LMModel:
     transformer = Transformer.from_weights(config_of(theirs, kind, pattern), ac.canonical_weights(theirs))
-    return LMModel(transformer, Conditioner(transformer.config, transformer, ToyTextEncoder(), separate=False))
+    style = ToyStyle(theirs) if kind == "style" else None
+    return LMModel(transformer, Conditioner(transformer.config, transformer, ToyTextEncoder(), style))
 
 
 def attributes(texts, kind: str, lengths=None) -> list[ConditioningAttributes]:
     out = []
     for i, text in enumerate(texts):
-        request = ConditioningAttributes(text={"description": text})
-        if kind == "melody":
+        request = ConditioningAttributes(text={"description": text}, separate=False)
+        if kind in ("melody", "style"):
             wav = ac.waveform(i, lengths[i] if lengths else 64000)[None]
             request.wav["self_wav"] = WavCondition(wav, torch.tensor([wav.shape[-1]]), [32000], [None])
         out.append(request)
