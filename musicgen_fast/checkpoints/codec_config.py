@@ -63,11 +63,15 @@ def codec_config_from_transformers(config: Mapping[str, Any]) -> CodecConfig:
     if config.get("codebook_dim") is not None:
         _refuse_unless(config, "codebook_dim", None, (fields["dimension"],))
     ratios = _ratios(config, "upsampling_ratios")
-    bandwidths = config.get("target_bandwidths") or (1.5, 3.0, 6.0, 12.0, 24.0)
-    per_codebook = math.ceil(fields["sample_rate"] / math.prod(ratios)) * _bits(fields["codebook_size"])
-    codebooks = int(1000 * bandwidths[-1] // per_codebook)
+    bandwidths = config.get("target_bandwidths", (1.5, 3.0, 6.0, 12.0, 24.0))
+    bits = math.ceil(math.log2(fields["codebook_size"]))
+    one = math.ceil(fields["sample_rate"] / math.prod(ratios)) * bits  # bit/s of a codebook
+    try:
+        codebooks = int(1000 * bandwidths[-1] // one)  # in this order: transformers' rounding
+    except (TypeError, IndexError, ZeroDivisionError):
+        codebooks = 0
     if codebooks < 1:
-        raise CheckpointError(f"target_bandwidths {bandwidths!r} leaves no codebook: one takes {per_codebook} bit/s")
+        raise CheckpointError(f"target_bandwidths is {bandwidths!r}, expected kbit/s; one codebook takes {one / 1000}")
     return CodecConfig(**fields, ratios=ratios, pad_mode=config.get("pad_mode", "reflect"), num_codebooks=codebooks)
 
 
@@ -147,7 +151,3 @@ def _ratios(config: Mapping[str, Any], key: str, where: str = "") -> tuple[int, 
     if not isinstance(values, (list, tuple)) or not values:
         raise CheckpointError(f"{where}{key} is {values!r}, expected a list of strides")
     return tuple(_whole({key: value}, key, None, "ratios", where) for value in values)
-
-
-def _bits(codebook_size: int) -> int:
-    return math.ceil(math.log2(codebook_size))

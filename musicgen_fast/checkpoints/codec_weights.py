@@ -164,8 +164,8 @@ def _fold(gain: Tensor, direction: Tensor) -> Tensor:
 
 def _to_canonical(layer: _Layer, weight: Tensor) -> Tensor:
     if layer.kind == "conv":
-        return weight.transpose(1, 2).contiguous()
+        return weight.transpose(1, 2).clone(memory_format=torch.contiguous_format)
     c_in, c_out, kernel = weight.shape
     # output row t stride + j takes tap j of input t and tap stride + j of input t - 1
-    taps = weight.view(c_in, c_out, 2, kernel // 2).permute(3, 1, 2, 0).flip(2)
+    taps = weight.reshape(c_in, c_out, 2, kernel // 2).permute(3, 1, 2, 0).flip(2)
     return taps.reshape(kernel // 2 * c_out, 2, c_in)

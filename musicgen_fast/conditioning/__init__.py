@@ -13,7 +13,7 @@ from __future__ import annotations
 import math
 import random
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -57,7 +57,7 @@ class Conditioner:
         self.transformer = transformer
         self.text = text
         self.style = style
-        self._chroma = None  # the filter bank and demucs: made at the first melody that needs them
+        self._chroma: Any = None  # the filter bank and demucs: made at the first melody that needs them
         self._demucs = None
 
     # -- text ---------------------------------------------------------------------------------------------------------
@@ -124,7 +124,7 @@ class Conditioner:
             for b, (wav, request) in enumerate(zip(wavs, attributes, strict=True)):
                 if wav is None:
                     continue
-                if compat == "audiocraft":
+                if compat == "audiocraft" and seeds is None:
                     random.setstate(drawn)  # one call of demucs for the whole batch there: one shift for all
                 seed = None if seeds is None else seeds[b]
                 given[b] = self.encode_melody(*wav, seed=seed, separate=request.separate)
@@ -134,8 +134,10 @@ class Conditioner:
         return [], []
 
     def _style_prefixes(self, wavs: list, compat: str, seeds) -> tuple[list, list]:
-        if self.style is None:
+        style = self.config.style
+        if self.style is None or style is None:
             raise ValueError("this style model was loaded without its style conditioner")
+        feature_rate = style.feature_rate / style.feature_hop
         samples = [0 if w is None else w[0].shape[-1] for w in wavs]
         if compat == "audiocraft":
             wavs = _pad_to_longest(wavs)
@@ -146,11 +148,10 @@ class Conditioner:
                 continue
             if seeds is not None or start is None or compat == "isolated":
                 start = self.style.draw_start(wav[0], wav[1], None if seeds is None else seeds[b])
-            given[b] = self.style(wav[0], wav[1], start=start)
+            tokens = self.style(wav[0], wav[1], start=start)
             if compat == "audiocraft":  # masked by the length of the waveform, wherever the excerpt was taken
-                style = self.config.style
-                feature_rate = style.feature_rate / style.feature_hop
-                given[b][math.ceil(samples[b] / (wav[1] / feature_rate * self.style.ds_factor)) :] = 0
+                tokens[math.ceil(samples[b] / (wav[1] / feature_rate * self.style.ds_factor)) :] = 0
+            given[b] = tokens
         longest = max((len(g) for g in given if g is not None), default=1)
         lengths = [longest if compat == "audiocraft" else (1 if g is None else len(g)) for g in given]
         null = [self._zeros(n) for n in lengths]
