@@ -142,7 +142,7 @@ class Reporter:
         on_terminal = sys.stderr.isatty() and not args.quiet and not off
         self.wanted: bool = on_terminal if args.progress is None else args.progress
         self.quiet: bool = args.quiet
-        self.batches, self.before = batches, 0
+        self.batches, self.before = batches, 0.0
         self.bar = tqdm(disable=not self.wanted, unit="step", dynamic_ncols=True, leave=False, file=sys.stderr)
 
     def __enter__(self) -> Reporter:

@@ -88,7 +88,7 @@ def test_options_reach_the_model(run: Runner, models: Path, monkeypatch: pytest.
         return load(models / "text", precision=options["precision"])
 
     monkeypatch.setattr(MusicGen, "get_pretrained", staticmethod(get_pretrained))
-    loading = "-m small -d cpu --precision bfloat16 --revision r --cache-dir c --text-encoder t"
+    loading = "-m small -d cpu --precision bfloat16 --revision r --cache-dir c --text-encoder t --style-encoder s"
     sampling = "--top-p 0.8 --top-k 3 --cfg 1.5 --cfg-coef-beta 2 --two-step-cfg --temp 0.7 --extend-stride 0.5"
     assert run("drum", *loading.split(), *sampling.split(), "--compat", "audiocraft")[0] == 0
     assert seen == {
@@ -98,6 +98,7 @@ def test_options_reach_the_model(run: Runner, models: Path, monkeypatch: pytest.
         "revision": "r",
         "cache_dir": "c",
         "text_encoder": "t",
+        "style_encoder": "s",
     }
     note = sidecar()
     assert note["parameters"] == {
