@@ -89,7 +89,11 @@ def _one_line(error: BaseException) -> str:
 
 def _set_up_logging(args: argparse.Namespace) -> None:
     level = logging.INFO if args.verbose else logging.ERROR if getattr(args, "quiet", False) else logging.WARNING
-    logging.basicConfig(level=level, format="musicgen-fast: %(message)s")
+    handler = logging.StreamHandler()
+    handler.setFormatter(logging.Formatter("musicgen-fast: %(message)s"))
+    logger = logging.getLogger(__package__)  # not the root logger: huggingface_hub prints its own lines
+    logger.handlers = [handler]
+    logger.setLevel(level)
 
 
 # -- options ----------------------------------------------------------------------------------------------------------

@@ -158,7 +158,7 @@ class ModelConfig:
         return self.vocab_size
 
 
-MAX_DURATION = 3 * 3600
+MAX_DURATION = 3 * 3600  # seconds: 2.8 GB of stereo sound in memory
 
 
 @dataclass(frozen=True, slots=True)
@@ -193,10 +193,7 @@ class GenerationParams:
         if self.top_p > 1.0:
             raise ValueError(f"top_p must be at most 1, got {self.top_p}")
         if not 0 < self.duration <= MAX_DURATION:
-            raise ValueError(
-                f"duration must be above 0 and at most {MAX_DURATION} seconds (2.8 GB of stereo sound in memory), "
-                f"got {self.duration}"
-            )
+            raise ValueError(f"duration must be above 0 and at most {MAX_DURATION} seconds, got {self.duration}")
 
     def stride(self, max_duration: float) -> float:
         """Seconds between the starts of two windows of `max_duration`; ValueError where they would not overlap."""
