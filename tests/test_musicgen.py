@@ -12,6 +12,7 @@ import torch
 from musicgen_fast import AudioGen, CheckpointError, MusicGen
 from musicgen_fast.checkpoints.write import write_transformers_folder
 from musicgen_fast.conditioning import ConditioningAttributes
+from musicgen_fast.config import CodecConfig, GenerationParams
 
 from .checkpoint_writers import tiny, write_audiocraft
 
@@ -111,6 +112,38 @@ def test_melody_inputs(loaded):
         assert wav.shape == (len(descriptions), 1, 12800)
     with_melody = model.generate_with_chroma(["calm"], tone, RATE, separate=False, seed=0, return_tokens=True)[1]
     assert not torch.equal(with_melody, model.generate(["calm"], seed=0, return_tokens=True)[1])
+
+
+def test_a_single_sample_is_no_melody_in_any_number_of_windows(loaded, monkeypatch):
+    model = loaded["melody"]
+    monkeypatch.setattr(model, "max_duration", 0.4)
+    for duration in (0.3, 1.0):
+        model.set_generation_params(duration=duration)
+        expected = model.generate(["calm"], seed=0)
+        for rate in (RATE, 48000):  # at 48 kHz nothing is left of it
+            one = torch.ones(1, 1)
+            assert torch.equal(model.generate_with_chroma(["calm"], one, rate, separate=False, seed=0), expected)
+
+
+def test_null_rows_run_only_where_they_matter(loaded):
+    for model in loaded.values():
+        asked, nothing = [ConditioningAttributes(text={"description": t}) for t in ("calm", None)]
+        for attributes, params, rows in (
+            ([asked], GenerationParams(), 2),
+            ([asked], GenerationParams(cfg_coef=1.0), 1),
+            ([nothing], GenerationParams(), 1),
+            ([asked, nothing], GenerationParams(), 4),
+        ):
+            assert model.lm.encode(attributes, params).num_rows == rows
+
+
+def test_a_codec_with_more_codebooks_than_the_model(tmp_path):
+    """The released codec can have more than a model uses: prompts are encoded with the model's number."""
+    codec = CodecConfig(num_filters=4, dimension=16, lstm_layers=1, num_codebooks=6, codebook_size=64)
+    folder = write_audiocraft(tmp_path / "m", tiny("text", codec_config=codec))
+    model = MusicGen.get_pretrained(folder, device="cpu")
+    model.set_generation_params(duration=0.4)
+    assert model.generate_continuation(torch.randn(1, 1, 5000) * 0.1, RATE, seed=0).shape == (1, 1, 12800)
 
 
 def test_separation_without_demucs_names_the_extra(loaded, monkeypatch):

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 import torch
 
-from musicgen_fast import philox
-from musicgen_fast.sampling import SamplingParams, mix_branches, sample, sample_with_noise
+from musicgen_fast import philox, sampling
+from musicgen_fast.sampling import SamplingParams, _scaled, mix_branches, sample, sample_with_noise
 
 GOLDEN = json.loads((Path(__file__).parent / "assets" / "golden_sampling.json").read_text())
 
@@ -117,6 +117,22 @@ def test_noise_mode_is_multinomial():
             p = torch.where(p >= p.topk(top_k).values[..., -1:], p, 0.0)
         expected = torch.multinomial((p / p.sum(-1, keepdim=True)).view(12, -1), 1).view(3, 4)
         assert torch.equal(tokens, expected)
+
+
+def test_temperature_divides_on_a_cpu_in_noise_mode():
+    """The references divide there; a product with the inverse rounds differently, and may draw another token."""
+    logits = torch.randn(1, 1, 1, 4096, generator=torch.Generator().manual_seed(4))
+    params = SamplingParams.build(1, 1, temperature=0.7)
+    divided = _scaled(logits[0], params, torch.float32, divide=True)
+    assert torch.equal(divided, logits[0] / torch.tensor(0.7))
+    assert not torch.equal(divided, _scaled(logits[0], params, torch.float32, divide=False))
+    seen = []
+    with pytest.MonkeyPatch.context() as patch:
+        inner = _scaled
+        patch.setattr(sampling, "_scaled", lambda *a, divide: seen.append(divide) or inner(*a, divide=divide))
+        sample_with_noise(logits, params, torch.empty(1, 4096).exponential_())
+        sample(logits, temperature=0.7, seed=0, step=0)
+    assert seen == [True, False]
 
 
 def test_greedy_ties_and_nan():

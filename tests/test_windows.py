@@ -98,7 +98,7 @@ def _run(model, kind, prompt):
         return model.generate_continuation(prompt, 32000, ["slow piano"], return_tokens=True)[1]
     if kind != "melody":
         return model.generate(["slow piano"], return_tokens=True)[1]
-    melody = ac.waveform(0, 50_000)[None]
+    melody = ac.waveform(0, 150_000)[None]
     options = {"separate": False} if isinstance(model, MusicGen) else {}
     return model.generate_with_chroma(["slow piano"], melody, 32000, return_tokens=True, **options)[1]
 
@@ -144,7 +144,30 @@ def test_columns_are_counted_over_all_windows(models, monkeypatch):
     assert steps == first + later
 
 
-@pytest.mark.parametrize("duration", [31, 36.4, 30.06, 40, 48, 60, 120])
+@ac.needs_audiocraft
+def test_every_window_has_its_own_conditions_and_seeds(models, monkeypatch):
+    """A waveform plays on from window to window, what its conditioner draws is drawn anew; texts are encoded once."""
+    kind, _, mine = models
+    mine.set_generation_params(duration=4, extend_stride=1)
+    calls, inner = [], Conditioner.__call__
+
+    def record(self, attributes, **options):
+        calls.append((attributes[0].wav.get("self_wav"), options["seeds"]))
+        return inner(self, attributes, **options)
+
+    monkeypatch.setattr(Conditioner, "__call__", record)
+    if kind != "melody":
+        mine.generate(["slow piano"], seed=3)
+        assert len(calls) == 1
+        return
+    tune = ac.waveform(0, 90_000)
+    mine.generate_with_chroma(["slow piano"], tune, 32000, separate=False, seed=3)
+    assert len(calls) == 3 and len({tuple(seeds) for _, seeds in calls}) == 3
+    for number, (condition, _) in enumerate(calls):
+        assert torch.equal(condition.wav[0], tune.repeat(1, 3)[:, number * 32000 : number * 32000 + 64000])
+
+
+@pytest.mark.parametrize("duration", [31, 36.4, 30.06, 40, 48, 60, 120, 30.075, 7.019])
 def test_durations_through_the_class(duration, monkeypatch):
     """`int(duration * frame_rate)` frames, whatever the floats do."""
     folder = tiny("text")
@@ -169,3 +192,17 @@ def test_progress_never_passes_its_total(models):
     mine.generate(["slow piano"], progress=True)
     assert [c[0] for c in calls] == list(range(1, len(calls) + 1))
     assert {c[1] for c in calls} == {len(calls)}
+
+
+@ac.needs_audiocraft
+@pytest.mark.slow
+@pytest.mark.parametrize("kind,duration", [("text", 60.0), ("stereo", 40.0), ("melody", 31.0)])
+def test_tokens_of_real_lengths(kind, duration):
+    """Windows of 30 s and the default stride, to the last of thousands of steps: no drift from the reference."""
+    theirs = ac.build_musicgen(kind, num_layers=2)
+    mine = MusicGen("ours", theirs.compression_model, ours.lm_of(theirs.lm, kind))
+    for model in (theirs, mine):
+        model.set_generation_params(duration=duration)
+    expected, tokens = (_run(m, kind, torch.empty(1, 1, 0)) for m in (theirs, mine))
+    assert tokens.shape[-1] == int(duration * 25)
+    assert torch.equal(tokens, expected)

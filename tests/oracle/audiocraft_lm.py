@@ -134,11 +134,12 @@ def build_lm(kind="text", seed=0, dim=64, num_heads=4, num_layers=3, card=2048, 
 
 
 def waveform(index: int, length: int = 64000) -> torch.Tensor:
-    """A tone and some noise, [1, n] at 32 kHz."""
+    """A tune of 0.8 s notes, none of them the C of silence, and some noise: [1, n] at 32 kHz."""
     generator = torch.Generator().manual_seed(7 + index)
-    pitch = 220.0 * 2 ** (torch.randint(0, 12, (1,), generator=generator).item() / 12)
-    t = torch.arange(length) / 32000
-    return (torch.sin(2 * torch.pi * pitch * t) + 0.1 * torch.randn(length, generator=generator))[None]
+    notes = torch.randint(4, 15, (length // 25600 + 1,), generator=generator)  # semitones above A: C sharp to B
+    pitch = (220.0 * 2 ** (notes / 12)).repeat_interleave(25600)[:length]
+    phase = (2 * torch.pi * pitch.double() / 32000).cumsum(0)
+    return (phase.sin().float() + 0.1 * torch.randn(length, generator=generator))[None]
 
 
 def conditions(texts, kind: str, lengths=None):
