@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import random
 import warnings
 
 import numpy as np
@@ -123,6 +124,26 @@ def test_a_single_sample_is_no_melody_in_any_number_of_windows(loaded, monkeypat
         for rate in (RATE, 48000):  # at 48 kHz nothing is left of it
             one = torch.ones(1, 1)
             assert torch.equal(model.generate_with_chroma(["calm"], one, rate, separate=False, seed=0), expected)
+
+
+@pytest.mark.parametrize("compat,seed,shifts", [("isolated", None, 2), ("audiocraft", None, 1), ("audiocraft", 7, 2)])
+def test_the_shift_of_demucs(loaded, monkeypatch, compat, seed, shifts):
+    """audiocraft separates a batch in one call, with one random shift for all of it; here each request has its own."""
+    import musicgen_fast.conditioning.melody as melody
+
+    drawn = []
+
+    def separate(wav, sample_rate, device, seed, demucs):
+        drawn.append((random if seed is None else random.Random(seed)).randint(0, 10**9))
+        return wav
+
+    monkeypatch.setattr(melody, "load_demucs", lambda device: object())
+    monkeypatch.setattr(melody, "separate_stems", separate)
+    model = loaded["melody"]
+    monkeypatch.setattr(model.lm, "_compat", compat)
+    model.set_generation_params(duration=0.1)
+    model.generate_with_chroma(["a", "b"], torch.randn(2, 1, 9000), RATE, seed=seed)
+    assert len(drawn) == 2 and len(set(drawn)) == shifts
 
 
 def test_null_rows_run_only_where_they_matter(loaded):
