@@ -22,7 +22,8 @@ import torch
 from machine import ROOT, append_json, machine_card, read_bandwidth
 from providers import DELAY, PRECISIONS, PROVIDERS, TEXT_TOKENS, Job
 
-from musicgen_fast.config import ModelConfig, named_config
+from musicgen_fast.config import named_config
+from musicgen_fast.roofline import step_bytes
 
 REFERENCE = "transformers"
 
@@ -51,14 +52,6 @@ def quantile(values: list[float], q: float) -> float:
     return torch.tensor(values, dtype=torch.float64).quantile(q).item()
 
 
-def step_bytes(config: ModelConfig, item: int, position: float) -> float:
-    """Bytes that a step with guidance (two rows) must read: the weights once, the keys and values so far of both rows,
-    those of the text of the conditional row."""
-    d, layers = config.dim, config.num_layers
-    matrices = layers * (6 * d * d + 2 * d * config.ffn_dim) + config.num_codebooks * config.vocab_size * d
-    return item * (matrices + layers * 2 * d * (2 * position + TEXT_TOKENS))
-
-
 def main() -> None:
     args = arguments()
     jobs = [
@@ -82,7 +75,7 @@ def main() -> None:
                 continue
             item = PRECISIONS[job.precision].itemsize
             middle = (job.warmup + job.steps) / 2
-            floor = 1000 * step_bytes(named_config(job.size), item, middle) / bandwidth
+            floor = 1000 * step_bytes(named_config(job.size), item, middle, text_tokens=TEXT_TOKENS) / bandwidth
             rows.append(Row(job, number, result["ms"], result["peak_mib"], floor, bandwidth / 1e9))
     print(table(rows, absent))
     append_json(args.json, [record(row, rows, card) for row in rows])

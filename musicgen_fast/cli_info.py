@@ -25,7 +25,7 @@ from .checkpoints.transformers import FAMILIES, model_config
 from .codec import EnCodec
 from .config import CodecConfig, ModelConfig, named_config
 from .loading import PRECISIONS
-from .pattern import build_pattern
+from .roofline import kv_numbers, window_positions
 
 __all__ = ["describe", "run"]
 
@@ -101,8 +101,8 @@ def describe(facts: Facts) -> dict[str, Any]:
     matrices = _count(shapes) + facts.style_parameters - fixed
     with torch.device("meta"):
         codec = sum(tensor.numel() for tensor in EnCodec(facts.codec).state_dict().values())
-    positions = _positions(config, facts.codec.frame_rate)
-    numbers = 2 * 2 * config.num_layers * positions * config.dim  # rows of CFG x (keys, values) x ...
+    positions = window_positions(config, facts.codec.frame_rate)
+    numbers = int(2 * kv_numbers(config, positions))  # two rows: guidance
     memory = {}
     for name, dtype in PRECISIONS.items():
         model = matrices * dtype.itemsize + 4 * fixed
@@ -136,16 +136,6 @@ def describe(facts: Facts) -> dict[str, Any]:
         "kv_cache": {"rows": 2, "positions": positions},
         "bytes": memory,
     }
-
-
-def _positions(config: ModelConfig, frame_rate: float) -> int:
-    """Positions that a KV cache holds for a request of one whole window: the steps but the last, and the prefix.
-
-    The text of a prefix model comes on top: a few positions.
-    """
-    frames = int(config.max_duration * frame_rate)
-    steps = build_pattern(config.pattern, config.num_codebooks, frames).num_steps - 1
-    return steps + (config.melody.chroma_length if config.melody else 0)
 
 
 def _conditioning(config: ModelConfig) -> str:

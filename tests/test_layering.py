@@ -19,8 +19,8 @@ PACKAGE = "musicgen_fast"
 LAYERS: tuple[tuple[str, ...], ...] = (
     ("errors",),
     ("config",),
-    ("pattern", "windows", "roofline"),
-    ("arena", "philox", "native", "loudness", "audio_encode", "seanet"),
+    ("pattern", "windows"),
+    ("roofline", "arena", "philox", "native", "loudness", "audio_encode", "seanet"),
     ("audio", "codec", "model"),
     ("kernels",),
     ("sampling", "checkpoints"),
