@@ -7,14 +7,13 @@ imported when they run: `--help` and mistakes on the command line cost no import
 from __future__ import annotations
 
 import argparse
-import logging
 import os
 import sys
 import traceback
 from collections.abc import Sequence
 
 from . import __version__
-from .cli_output import FORMATS, name_template
+from .cli_output import FORMATS, logging_to_stderr, name_template
 from .config import GenerationParams
 
 DEFAULTS = GenerationParams(duration=10.0)
@@ -40,9 +39,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     given = list(sys.argv[1:] if argv is None else argv)
     parser, commands = build_parser()
     args = _parse(commands[given[0]], given[1:]) if given and given[0] in commands else parser.parse_args(given)
-    _set_up_logging(args)
     try:
-        code: int = args.run(args)
+        with logging_to_stderr(args.verbose, getattr(args, "quiet", False)):
+            code: int = args.run(args)
         sys.stdout.flush()
         return code
     except argparse.ArgumentError as error:
@@ -85,18 +84,6 @@ def _one_line(error: BaseException) -> str:
     if isinstance(error, OSError) and error.strerror:  # without "[Errno 2]"
         text = f"{error.filename}: {error.strerror}" if error.filename else error.strerror
     return " ".join(text.split()) or type(error).__name__
-
-
-def _set_up_logging(args: argparse.Namespace) -> None:
-    level = logging.INFO if args.verbose else logging.ERROR if getattr(args, "quiet", False) else logging.WARNING
-    handler = logging.StreamHandler()
-    handler.setFormatter(logging.Formatter("musicgen-fast: %(message)s"))
-    logger = logging.getLogger(__package__)  # not the root logger: huggingface_hub prints its own lines
-    logger.handlers = [handler]
-    logger.setLevel(level)
-
-
-# -- options ----------------------------------------------------------------------------------------------------------
 
 
 def build_parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParser]]:

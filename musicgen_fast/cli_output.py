@@ -11,12 +11,14 @@ import argparse
 import errno
 import hashlib
 import json
+import logging
 import os
 import re
 import string
 import tempfile
 import unicodedata
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
@@ -24,7 +26,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = ["FORMATS", "OutputFolder", "name_template", "pcm16", "safe_name", "set_level"]
+__all__ = ["FORMATS", "OutputFolder", "logging_to_stderr", "name_template", "pcm16", "safe_name", "set_level"]
 
 FORMATS = ("wav", "flac", "ogg", "mp3")
 FIELDS = {"index": 0, "prompt": "prompt", "seed": 0, "model": "model", "variation": 0}  # name: example
@@ -188,3 +190,19 @@ def pcm16(wav: Tensor) -> bytes:
     """The samples that a wav or flac file of wav [C, n] holds: 16 bits, little-endian, channels interleaved."""
     levels = (wav.T * 32768).round().clamp(-32768, 32767)
     return levels.contiguous().numpy().astype("<i2").tobytes()
+
+
+@contextmanager
+def logging_to_stderr(verbose: bool, quiet: bool) -> Iterator[None]:
+    """Messages of this package to standard error while a command runs; as it was afterwards, for callers of `main`."""
+    logger = logging.getLogger(__package__)  # not the root logger: huggingface_hub prints its own lines
+    before = logger.handlers, logger.level
+    handler = logging.StreamHandler()
+    handler.setFormatter(logging.Formatter("musicgen-fast: %(message)s"))
+    logger.handlers = [handler]
+    logger.setLevel(logging.INFO if verbose else logging.ERROR if quiet else logging.WARNING)
+    try:
+        yield
+    finally:
+        logger.handlers = before[0]
+        logger.setLevel(before[1])
