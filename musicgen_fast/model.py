@@ -66,8 +66,8 @@ class Layer(nn.Module):
         """[R, S, d] -> [R, H, S, d/H]."""
         return rearrange(x, "r s (h e) -> r h s e", h=self.num_heads)
 
-    def forward(self, x: Tensor, causal: Tensor, cross: Tensor | None, cross_mask: Tensor | None) -> Tensor:
-        """x [R, S, d]; causal [S, S] and cross_mask [R, 1, 1, N] bool, True where attended; cross [R, N, d]."""
+    def forward(self, x: Tensor, causal: Tensor, cross: Tensor | None) -> Tensor:
+        """x [R, S, d]; causal [S, S] bool, True where attended; cross [R, N, d], all of it attended."""
         dtype = self.qkv.weight.dtype
         q, k, v = (self.heads(part) for part in self.qkv(self.norm1(x).to(dtype)).chunk(3, dim=-1))
         attended = F.scaled_dot_product_attention(q, k, v, attn_mask=causal)
@@ -75,7 +75,7 @@ class Layer(nn.Module):
         if self.has_cross and cross is not None:
             q = self.heads(self.cross_q(self.norm_cross(x).to(dtype)))
             k, v = (self.heads(part) for part in self.cross_kv(cross.to(dtype)).chunk(2, dim=-1))
-            attended = F.scaled_dot_product_attention(q, k, v, attn_mask=cross_mask)
+            attended = F.scaled_dot_product_attention(q, k, v)
             x = x + self.cross_out(rearrange(attended, "r h s e -> r s (h e)")).to(x.dtype)
         return x + self.ffn_out(F.gelu(self.ffn_in(self.norm2(x).to(dtype)))).to(x.dtype)
 
@@ -135,5 +135,5 @@ class Transformer(nn.Module):
         x = x + position_table(length, self.config.dim, x.device)
         causal = torch.ones(length, length, dtype=torch.bool, device=x.device).tril()
         for layer in self.layers:
-            x = layer(x, causal, cross, None)
+            x = layer(x, causal, cross)
         return self.logits(x[:, -tokens.shape[2] :])

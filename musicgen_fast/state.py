@@ -57,15 +57,13 @@ class Conditions:
 class Sampler:
     """How the tokens of a column are drawn, for all B requests.
 
-    Without `seeds` this is noise mode: `exponential_` from the global generator of the logits' device (or `generator`)
-    at every column, all K codebooks: the random numbers of audiocraft and transformers, in their order. With `seeds`
+    Without `seeds` this is noise mode: `exponential_` from the global generator of the logits' device at every column,
+    all K codebooks: the random numbers of audiocraft and transformers, in their order. With `seeds`
     the noise is counted by (seed, column of the whole generation, codebook, token).
     """
 
     params: SamplingParams
     seeds: Tensor | None = None  # int64 [B]
-    generator: torch.Generator | None = None
-    order: str = "audiocraft"
     all_greedy: bool = False
 
     def __call__(self, logits: Tensor, step: int) -> Tensor:
@@ -74,7 +72,7 @@ class Sampler:
             tokens, status = sample_seeded(logits, self.params, self.seeds, torch.full_like(self.seeds, step))
         else:
             noise = None if self.all_greedy else self._fill(logits)
-            tokens, status = sample_with_noise(logits, self.params, noise, self.order)
+            tokens, status = sample_with_noise(logits, self.params, noise)
         raise_on_failure(status)
         return tokens
 
@@ -82,7 +80,7 @@ class Sampler:
         _, batch, num_codebooks, vocab = logits.shape
         # softmax runs in fp32 in both references, so the noise is fp32 whatever the logits are
         noise = torch.empty(batch * num_codebooks, vocab, device=logits.device)
-        return noise.exponential_(1, generator=self.generator)
+        return noise.exponential_(1)
 
 
 @dataclass

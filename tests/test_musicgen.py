@@ -11,9 +11,10 @@ import pytest
 import torch
 
 from musicgen_fast import AudioGen, CheckpointError, MusicGen
+from musicgen_fast.checkpoints import expected_shapes
 from musicgen_fast.checkpoints.write import write_transformers_folder
 from musicgen_fast.conditioning import ConditioningAttributes
-from musicgen_fast.config import CodecConfig, GenerationParams
+from musicgen_fast.config import CodecConfig, GenerationParams, named_config
 
 from .checkpoint_writers import tiny, write_audiocraft
 
@@ -351,6 +352,17 @@ def test_random_names_go_through_the_same_path(options, monkeypatch):
     wav = model.generate(["calm"], seed=0)
     assert wav.shape == (1, 2 if "stereo" in options else 1, 3200)
     assert torch.equal(wav, again.generate(["calm"], seed=0))
+
+
+@pytest.mark.parametrize(
+    "size,millions",
+    [("small", 420.4), ("medium", 1838.7), ("large", 3257.0), ("small-stereo", 437.2), ("medium-stereo", 1864.0),
+     ("large-stereo", 3290.6), ("medium-melody", 1385.6), ("large-melody", 2451.5), ("medium-stereo-melody", 1410.8)],
+)  # fmt: skip
+def test_random_names_have_the_released_sizes(size, millions):
+    """Parameters of the published language models."""
+    shapes = expected_shapes(named_config(size))
+    assert sum(math.prod(shape) for _, shape in shapes) / 1e6 == pytest.approx(millions, abs=0.3)
 
 
 def test_short_windows_can_be_loaded(tmp_path):

@@ -119,6 +119,24 @@ def test_noise_mode_is_multinomial():
         assert torch.equal(tokens, expected)
 
 
+@pytest.mark.parametrize("order", ["audiocraft", "transformers"])
+def test_order_of_the_draw_under_top_p(order):
+    """audiocraft draws among the sorted probabilities, transformers among those of the vocabulary in its order."""
+    logits = torch.randn(1, 5, 4, 512, generator=torch.Generator().manual_seed(6)) * 3
+    params = SamplingParams.build(5, 4, top_p=0.8)
+    torch.manual_seed(9)
+    tokens, _ = sample_with_noise(logits, params, torch.empty(20, 512).exponential_(1), order)
+    ranked, ids = torch.softmax(logits[0], -1).view(20, -1).sort(descending=True)
+    ranked[ranked.cumsum(-1) - ranked > 0.8] = 0
+    torch.manual_seed(9)
+    if order == "audiocraft":
+        drawn = ids.gather(1, torch.multinomial(ranked / ranked.sum(-1, keepdim=True), 1))
+    else:
+        p = torch.zeros_like(ranked).scatter_(1, ids, ranked)
+        drawn = torch.multinomial(p / p.sum(-1, keepdim=True), 1)
+    assert torch.equal(tokens, drawn.view(5, 4))
+
+
 def test_temperature_divides_on_a_cpu_in_noise_mode():
     """The references divide there; a product with the inverse rounds differently, and may draw another token."""
     logits = torch.randn(1, 1, 1, 4096, generator=torch.Generator().manual_seed(4))
