@@ -9,7 +9,7 @@
 
 #include "cpu/isa.h"
 #include "cpu/philox.h"
-#include "cpu/race.h"
+#include "cpu/sample.h"
 
 namespace nb = nanobind;
 using namespace nb::literals;
@@ -36,10 +36,14 @@ void race_noise(Array<const int64_t, 1> seed,    // [B]
     const int64_t B = int64_t(out.shape(0)), K = int64_t(out.shape(1)), V = int64_t(out.shape(2));
     require(int64_t(seed.shape(0)) == B && int64_t(step.shape(0)) == B && int64_t(stream.shape(0)) == B,
             "race_noise: seed, step and stream need one entry per row of out");
-    const mgf::RaceNoise noise = {seed.data(), step.data(), stream.data(), B, K, V, out.data()};
-    const mgf::Isa chosen = checked_isa(isa);
-    nb::gil_scoped_release released;
-    mgf::race_noise(noise, chosen);
+    const mgf::Instance& instance = mgf::instance_for(checked_isa(isa));
+    for (int64_t b = 0; b < B; ++b) {
+        const uint64_t key = uint64_t(seed(b));
+        for (int64_t k = 0; k < K; ++k) {
+            instance.noise({uint32_t(key), uint32_t(key >> 32)}, {0, uint32_t(step(b)), uint32_t(k), uint32_t(stream(b))},
+                           int(V), out.data() + (b * K + k) * V);
+        }
+    }
 }
 
 void philox(Array<const uint32_t, 2> counter,  // [N, 4]
@@ -56,17 +60,25 @@ void philox(Array<const uint32_t, 2> counter,  // [N, 4]
     }
 }
 
-void exponential(Array<const uint32_t, 1> x, Array<float, 1> out) {
+void exponential(Array<const uint32_t, 1> x, Array<float, 1> out, int isa) {
     require(x.shape(0) == out.shape(0), "exponential: x and out differ in length");
-    for (size_t i = 0; i < x.shape(0); ++i) out(i) = mgf::exponential(x(i));
+    mgf::instance_for(checked_isa(isa)).exponential(x.data(), int64_t(x.shape(0)), out.data());
 }
 
-void exp2_pair(Array<const float, 1> t, Array<float, 1> w, Array<float, 1> iw) {
+void exp2_pair(Array<const float, 1> t, Array<float, 1> w, Array<float, 1> iw, int isa) {
     require(w.shape(0) == t.shape(0) && iw.shape(0) == t.shape(0), "exp2_pair: t, w and iw differ in length");
-    for (size_t i = 0; i < t.shape(0); ++i) {
-        const mgf::PowerOfTwo pair = mgf::exp2_pair(t(i));
-        w(i) = pair.w, iw(i) = pair.iw;
-    }
+    mgf::instance_for(checked_isa(isa)).exp2_pair(t.data(), int64_t(t.shape(0)), w.data(), iw.data());
+}
+
+// The one function that takes addresses on trust: a dozen array views would cost more than the draw itself. Python
+// fills the struct from tensors that it has checked (musicgen_fast/sampling/).
+void sample(uintptr_t address, int threads, int isa) {
+    const mgf::SampleArgs& args = *reinterpret_cast<const mgf::SampleArgs*>(address);
+    require(args.size == int64_t(sizeof(mgf::SampleArgs)), "sample: built for another version of musicgen_fast");
+    require(args.NB >= 1 && args.NB <= 3 && args.V >= 1 && args.V <= 4096, "sample: 1 to 3 branches, V up to 4096");
+    const mgf::Isa chosen = checked_isa(isa);
+    nb::gil_scoped_release released;
+    mgf::sample(args, chosen, threads);
 }
 
 }  // namespace
@@ -80,7 +92,10 @@ NB_MODULE(_C, m) {
     // noconvert on outputs: a conversion would fill a copy and leave the caller's array as it was.
     m.def("race_noise", &race_noise, "seed"_a, "step"_a, "stream"_a, "out"_a.noconvert(), "isa"_a = -1,
           "Fills out [B, K, V] float32 with exponential noise; isa < 0 takes the best the processor has.");
+    m.def("sample", &sample, "args"_a, "threads"_a = 1, "isa"_a = -1, "Draws the column of a SampleArgs at that address.");
     m.def("philox", &philox, "counter"_a, "key"_a, "out"_a.noconvert(), "Philox4x32-10, one block per row.");
-    m.def("exponential", &exponential, "x"_a, "out"_a.noconvert(), "-ln((x + 0.5) / 2^32) of uint32 words.");
-    m.def("exp2_pair", &exp2_pair, "t"_a, "w"_a.noconvert(), "iw"_a.noconvert(), "2^t and 2^-t for t in [-126, 0].");
+    m.def("exponential", &exponential, "x"_a, "out"_a.noconvert(), "isa"_a = -1,
+          "-ln((x + 0.5) / 2^32) of uint32 words.");
+    m.def("exp2_pair", &exp2_pair, "t"_a, "w"_a.noconvert(), "iw"_a.noconvert(), "isa"_a = -1,
+          "2^t and 2^-t for t in [-126, 0].");
 }

@@ -19,10 +19,19 @@ if TYPE_CHECKING:
     from .config import GenerationParams
     from .errors import CheckpointError
     from .musicgen import MusicGen
-    from .sampling import sample
+    from .sampling import filtered_probs, sample
 
 __version__ = "0.1.0"
-__all__ = ["AudioGen", "CheckpointError", "GenerationParams", "MusicGen", "audio_read", "audio_write", "sample"]
+__all__ = [
+    "AudioGen",
+    "CheckpointError",
+    "GenerationParams",
+    "MusicGen",
+    "audio_read",
+    "audio_write",
+    "filtered_probs",
+    "sample",
+]
 
 _HOME = {
     "AudioGen": "audiogen",
@@ -31,6 +40,7 @@ _HOME = {
     "MusicGen": "musicgen",
     "audio_read": "audio",
     "audio_write": "audio",
+    "filtered_probs": "sampling",
     "sample": "sampling",
 }
 

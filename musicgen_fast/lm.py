@@ -187,7 +187,7 @@ class LMModel:
             top_p=max(params.top_p, 0.0),
         )
         counted = None if seeds is None else torch.tensor(seeds, dtype=torch.int64, device=self.device)
-        return Sampler(tensors, counted, all_greedy=greedy)
+        return Sampler(tensors, counted)
 
     def _coefficient(self, params: GenerationParams) -> float:
         """audiocraft's two-step branch reads the model's coefficient, not the argument; so does its compat mode."""

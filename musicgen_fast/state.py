@@ -13,7 +13,12 @@ from torch import Tensor
 
 from .config import ModelConfig
 from .pattern import UNKNOWN, Pattern
-from .sampling import SamplingParams, raise_on_failure, sample_seeded, sample_with_noise
+from .sampling import Draw, SamplingParams, draw, raise_on_failure
+from .sampling.noise import divides, multinomial_noise
+
+# Columns between two looks at `status`: a look at a GPU waits for it, and a failed draw costs at most these steps.
+STATUS_INTERVAL = {"cpu": 1}
+OTHER_STATUS_INTERVAL = 50
 
 
 @dataclass
@@ -54,6 +59,25 @@ class Conditions:
 
 
 @dataclass
+class Place:
+    """Where a column is written, on the device of the logits: what the sampler reads and writes besides parameters.
+
+    `sequence` int64 [B, K, S] and `frames` int32 [S, K] of the window; `column` int32 [B] the place in the window and
+    `step` int64 [B] the same counted over the whole generation; `status` int32 [B, K], 1 where a draw failed.
+    """
+
+    sequence: Tensor
+    frames: Tensor
+    column: Tensor
+    step: Tensor
+    status: Tensor
+
+    def advance(self) -> None:
+        self.column.add_(1)
+        self.step.add_(1)
+
+
+@dataclass
 class Sampler:
     """How the tokens of a column are drawn, for all B requests.
 
@@ -64,23 +88,20 @@ class Sampler:
 
     params: SamplingParams
     seeds: Tensor | None = None  # int64 [B]
-    all_greedy: bool = False
+    backend: str = "auto"
+    stream: Tensor | None = field(init=False)  # 0, ordinary sampling, for all
 
-    def __call__(self, logits: Tensor, step: int) -> Tensor:
-        """logits [NB, B, K, V], step = column of the whole generation -> tokens int64 [B, K]."""
+    def __post_init__(self) -> None:
+        self.stream = None if self.seeds is None else torch.zeros_like(self.seeds)
+
+    def __call__(self, logits: Tensor, place: Place) -> None:
+        """logits [NB, B, K, V] -> the column of `place`: its unknown cells get their tokens."""
+        inputs = Draw(logits, self.params, place.sequence, place.status, column=place.column, frames=place.frames)
         if self.seeds is not None:
-            tokens, status = sample_seeded(logits, self.params, self.seeds, torch.full_like(self.seeds, step))
-        else:
-            noise = None if self.all_greedy else self._fill(logits)
-            tokens, status = sample_with_noise(logits, self.params, noise)
-        raise_on_failure(status)
-        return tokens
-
-    def _fill(self, logits: Tensor) -> Tensor:
-        _, batch, num_codebooks, vocab = logits.shape
-        # softmax runs in fp32 in both references, so the noise is fp32 whatever the logits are
-        noise = torch.empty(batch * num_codebooks, vocab, device=logits.device)
-        return noise.exponential_(1)
+            inputs.seed, inputs.step, inputs.stream = self.seeds, place.step, self.stream
+        elif not self.params.all_greedy:
+            inputs.noise, inputs.divide = multinomial_noise(logits, self.params), divides(logits.device)
+        draw(inputs, self.backend)
 
 
 @dataclass
@@ -92,9 +113,8 @@ class State:
         cross_kv: per layer keys and values [2, Rc, H, N, d/H] of the first Rc rows (the others attend to nothing).
         cross_mask: bool [Rc, 1, 1, N] where the texts differ in length, else None.
         absorbed: per layer two [Rc, H*N, d] in the place of the projections around `cross_kv`; empty: not worth it.
-        sequence: int64 [B, K, S], `UNKNOWN` where nothing is written yet.
-        column: the next step of the sequence to be written.
-        step_offset: columns of the whole generation before this window; only feeds the sampler's counter.
+        place: where the next column is written: sequence and counters on the device.
+        column: `place.column` as the host knows it: the next step of the sequence to be written.
     """
 
     config: ModelConfig
@@ -106,10 +126,8 @@ class State:
     cross_mask: Tensor | None = None
     absorbed: list[tuple[Tensor, Tensor]] = field(default_factory=list)
     pattern: Pattern | None = None
-    sequence: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.int64))
-    known: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.bool))
+    place: Place | None = None
     column: int = 0
-    step_offset: int = 0
 
     @property
     def capacity(self) -> int:
@@ -119,16 +137,30 @@ class State:
     def done(self) -> bool:
         return self.pattern is None or self.column >= self.pattern.num_steps
 
+    @property
+    def sequence(self) -> Tensor:
+        """int64 [B, K, S], `UNKNOWN` where nothing is written yet."""
+        assert self.place is not None
+        return self.place.sequence
+
     def start_window(self, pattern: Pattern, codes: Tensor, prompt: int, step_offset: int) -> None:
-        """Begin a window: codes [B, K, T], the first `prompt` frames known and the rest `UNKNOWN`."""
-        special = self.config.special_token
+        """Begin a window: codes [B, K, T], the first `prompt` frames known and the rest `UNKNOWN`.
+
+        `step_offset`: columns of the whole generation before this window; it only feeds the noise.
+        """
+        batch, num_codebooks, _ = codes.shape
+        device = codes.device
         self.pattern = pattern
-        self.sequence = pattern.build(codes, special)
-        self.known = (self.sequence != UNKNOWN).all(0)  # [K, S]: the same for every request
         self.column = pattern.first_step(prompt)
-        self.step_offset = step_offset
         self.lengths = [0] * len(self.lengths)
-        if not self.known[:, : self.column].all():
+        self.place = Place(
+            pattern.build(codes, self.config.special_token).contiguous(),
+            torch.tensor(pattern.table, device=device),
+            torch.full((batch,), self.column, dtype=torch.int32, device=device),
+            torch.full((batch,), step_offset + self.column, dtype=torch.int64, device=device),
+            torch.zeros(batch, num_codebooks, dtype=torch.int32, device=device),
+        )
+        if (self.sequence[:, :, : self.column] == UNKNOWN).any():
             raise ValueError(
                 f"the {self.config.pattern.kind} pattern cannot continue a prompt of {prompt} frames: "
                 "cells before the prompt's end are not known"
@@ -140,10 +172,12 @@ class State:
 
     def write_column(self, logits: Tensor) -> None:
         """Draw the column's tokens from logits [R, K, V]; write the cells that are unknown; advance."""
-        tokens = self.sampler(self.conditions.expand_logits(logits), self.step_offset + self.column)
-        target = self.sequence[:, :, self.column]
-        target.copy_(torch.where(self.known[:, self.column], target, tokens))
+        assert self.place is not None
+        self.sampler(self.conditions.expand_logits(logits), self.place)
+        self.place.advance()
         self.column += 1
+        if self.done or self.column % STATUS_INTERVAL.get(logits.device.type, OTHER_STATUS_INTERVAL) == 0:
+            raise_on_failure(self.place.status)
 
     def codes(self) -> Tensor:
         """int64 [B, K, T] of the finished window."""

@@ -32,11 +32,11 @@ class Recorder:
     """Stands in for `Sampler`: keeps the logits of every column and draws greedily."""
 
     def __init__(self, batch):
-        self.logits, self.inner = [], Sampler(SamplingParams.build(batch, 4, temperature=0.0), all_greedy=True)
+        self.logits, self.inner = [], Sampler(SamplingParams.build(batch, 4, temperature=0.0))
 
-    def __call__(self, logits, step):
+    def __call__(self, logits, place):
         self.logits.append(logits.clone())
-        return self.inner(logits, step)
+        self.inner(logits, place)
 
 
 def run(model: Transformer, conditions: Conditions, prompt: int = 0) -> tuple[list, State]:

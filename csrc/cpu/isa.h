@@ -13,7 +13,9 @@
 #define MGF_X86 0
 #endif
 
-#if defined(__GNUC__)
+#if defined(__CUDACC__)
+#define MGF_INLINE __host__ __device__ __forceinline__  // philox.h and race.h serve the CUDA sampler too
+#elif defined(__GNUC__)
 #define MGF_INLINE inline __attribute__((always_inline))
 #else
 #define MGF_INLINE inline

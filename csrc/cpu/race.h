@@ -75,16 +75,4 @@ MGF_INLINE PowerOfTwo exp2_pair(float t) {
     return {from_bits(bits(even + odd) + shift), from_bits(bits(even - odd) - shift)};
 }
 
-// Every pointer is contiguous. seed, step, stream [B]; of step and stream the low 32 bits count. E [B, K, V].
-struct RaceNoise {
-    const int64_t* seed;
-    const int64_t* step;
-    const int64_t* stream;
-    int64_t B, K, V;
-    float* E;
-};
-
-// E of token v of codebook k: word v & 3 of the Philox block with counter (v >> 2, step, k, stream), key = seed.
-void race_noise(const RaceNoise& noise, Isa isa);
-
 }  // namespace mgf
