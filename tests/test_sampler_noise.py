@@ -9,6 +9,7 @@ from musicgen_fast.sampling import Draw, SamplingParams, draw
 from musicgen_fast.sampling.noise import divides, multinomial_noise
 from musicgen_fast.sampling.reference import scaled
 
+from .oracle import audiocraft_lm as oracle
 from .test_sampling import skip_if_missing
 
 backends = pytest.mark.parametrize("backend", ["torch", "cpu"])
@@ -66,7 +67,9 @@ def test_noise_mode_is_multinomial_over_100000_draws():
 
 
 def count_differences_to_audiocraft(draws: int) -> tuple[int, int]:
-    utils = pytest.importorskip("audiocraft.utils.utils", reason="audiocraft is not installed")
+    oracle.load()
+    from audiocraft.utils import utils
+
     done = wrong = 0
     while done < draws:
         logits = random_logits(done + 7, 250)
@@ -84,11 +87,13 @@ def count_differences_to_audiocraft(draws: int) -> tuple[int, int]:
     return done, wrong
 
 
+@oracle.needs_audiocraft
 def test_noise_mode_is_audiocraft():
     skip_if_missing("cpu")
     assert count_differences_to_audiocraft(6_000)[1] == 0
 
 
+@oracle.needs_audiocraft
 @pytest.mark.slow
 def test_noise_mode_is_audiocraft_over_100000_draws():
     skip_if_missing("cpu")
@@ -114,6 +119,15 @@ def test_order_of_the_draw_under_top_p(order, backend):
         p = torch.zeros_like(ranked).scatter_(1, ids, ranked)
         expected = torch.multinomial(p / p.sum(-1, keepdim=True), 1)
     assert torch.equal(tokens, expected.view(50, 4))
+
+
+def test_a_request_without_top_p_draws_in_its_own_order():
+    """Beside one that has it."""
+    logits = random_logits(7, 2, 512)
+    torch.manual_seed(3)
+    tokens = draw_with_noise(logits, "torch", top_p=torch.tensor([0.8, 0.0]))
+    torch.manual_seed(3)
+    assert torch.equal(tokens[1], multinomial_tokens(logits, 0, 1.0)[1])
 
 
 def test_top_p_of_one_still_draws_in_sorted_order():

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from musicgen_fast import native, philox
-from musicgen_fast.sampling import filtered_probs, sample
+from musicgen_fast.sampling import SamplingParams, filtered_probs, sample
 from musicgen_fast.sampling.backends import BACKENDS, choose, why_not
 from musicgen_fast.sampling.reference import mix_branches
 
@@ -137,6 +137,7 @@ def test_infinite_parameters_mean_something():
     assert torch.allclose(filtered_probs(logits, temperature=math.inf), torch.tensor(1 / 8))
     drawn = sample(logits.expand(-1, 400, -1, -1), temperature=math.inf, seed=torch.arange(400), step=0)
     assert len(drawn.unique()) == 8
+    assert SamplingParams.build(1, 1, temperature=3e38).scale.item() == 0  # the inverse is subnormal, hence 0
     huge = torch.full((2, 1, 1, 8), 3.0)
     with pytest.raises(ValueError, match="NaN"):
         sample(huge, cfg_coef=math.inf, seed=0, step=0)
