@@ -113,7 +113,8 @@ def _checked(logits: Tensor) -> Tensor:
         raise ValueError(f"a vocabulary of 1 to {MAX_VOCAB} is supported, got {logits.shape[3]}")
     if logits.dtype not in DTYPES:
         raise ValueError(f"logits must be float32, float16 or bfloat16, got {logits.dtype}")
-    logits = logits.detach()
+    if logits.requires_grad:
+        logits = logits.detach()
     return logits if logits.stride(3) == 1 else logits.contiguous()
 
 
@@ -135,10 +136,15 @@ _build_from_numbers = functools.lru_cache(maxsize=64, typed=True)(_build_anew)
 def _counter(name: str, value: int | Tensor, batch: int, device: torch.device) -> Tensor:
     """A number or [B] as contiguous int64 [B]; the bits of 64-bit numbers are kept."""
     if not isinstance(value, Tensor):
-        return torch.full((batch,), signed_seed(value), dtype=torch.int64, device=device)
+        return _counter_of_number(signed_seed(value), batch, device)
     if value.is_floating_point() or value.is_complex() or value.dtype == torch.bool:
         raise TypeError(f"{name} must hold integers, got {value.dtype}")
     value = value.view(torch.int64) if value.dtype == torch.uint64 else value.to(torch.int64)
     if value.shape not in ((), (1,), (batch,)):
         raise ValueError(f"{name} of shape {list(value.shape)} does not fit [{batch}]")
     return value.to(device).expand(batch).contiguous()
+
+
+@functools.lru_cache(maxsize=64)  # seed and stream are often the same for every step
+def _counter_of_number(value: int, batch: int, device: torch.device) -> Tensor:
+    return torch.full((batch,), value, dtype=torch.int64, device=device)
