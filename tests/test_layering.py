@@ -33,6 +33,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("genmodel",),
     ("musicgen", "audiogen"),
     ("", "data", "models"),
+    ("evaluation",),
     ("cli_output",),
     ("cli_plan",),
     ("cli_generate", "cli_info"),

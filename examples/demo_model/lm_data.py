@@ -1,0 +1,83 @@
+"""Batches for the demo's language model: crops of a token set on the frame grid, with captions drawn anew every time.
+
+tokens int64 [B, K, T]; captions as ids and mask int64 [B, N], padded at the right; keep float32 [B], 0 where a caption
+is to be dropped. What is drawn depends on (seed, step) alone, so that a resumed run sees what an uninterrupted one
+would. It knows neither audio nor the network.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from random import Random
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from musicgen_fast.conditioning.text import TextTokenizer
+
+from .captions import caption
+from .tokens import TokenSet
+
+Batch = tuple[Tensor, Tensor, Tensor, Tensor]  # tokens, ids, mask, keep
+
+
+class Batches:
+    """Every row of a token set once an epoch.
+
+    Args:
+        frames: T of a crop; ValueError where the clips are shorter.
+        aligned: share of crops that begin where the song does, on a sixteenth note; the others begin on any frame.
+        drop: share of captions that are dropped.
+    """
+
+    def __init__(
+        self,
+        data: TokenSet,
+        tokenizer: TextTokenizer,
+        *,
+        size: int = 16,
+        frames: int = 512,
+        seed: int = 0,
+        aligned: float = 0.5,
+        drop: float = 0.15,
+    ) -> None:
+        self.room = data.tokens.shape[2] - frames
+        if self.room < 0:
+            raise ValueError(f"clips of {data.tokens.shape[2]} frames are shorter than crops of {frames}")
+        self.data, self.tokenizer, self.size, self.frames, self.seed = data, tokenizer, size, frames, seed
+        self.aligned, self.drop = aligned, drop
+        self._order: tuple[int, Any] = (-1, None)  # (epoch, permutation)
+
+    def batch(self, step: int) -> Batch:
+        """What training step `step` sees."""
+        rng = Random(f"crops {self.seed} {step}")
+        crops, texts = [], []
+        for place in range(step * self.size, (step + 1) * self.size):
+            row = self._row(place)
+            start = 0 if rng.random() < self.aligned else rng.randint(0, self.room)
+            crops.append(np.asarray(self.data.tokens[row, :, start : start + self.frames], dtype=np.int64))
+            texts.append(caption(self.data.song(row), rng.randrange(2**40)))
+        keep = torch.tensor([float(rng.random() >= self.drop) for _ in crops])
+        return torch.from_numpy(np.stack(crops)), *self.ids(texts), keep
+
+    def first(self, count: int, captions: bool) -> Batch:
+        """The beginnings of the first `count` clips with their own captions, or with all of them dropped."""
+        tokens = torch.from_numpy(np.asarray(self.data.tokens[:count, :, : self.frames], dtype=np.int64))
+        return tokens, *self.ids(self.data.captions[:count]), torch.full((len(tokens),), float(captions))
+
+    def ids(self, texts: Sequence[str]) -> tuple[Tensor, Tensor]:
+        """Ids and mask of texts."""
+        rows = [self.tokenizer.ids(text) for text in texts]
+        longest = max(map(len, rows))
+        ids = torch.tensor([row + [0] * (longest - len(row)) for row in rows])
+        return ids, torch.tensor([[1] * len(row) + [0] * (longest - len(row)) for row in rows])
+
+    def _row(self, place: int) -> int:
+        """The row of the `place`-th crop of a run."""
+        epoch, position = divmod(place, len(self.data.tokens))
+        if self._order[0] != epoch:
+            rng = np.random.default_rng([self.seed, epoch])
+            self._order = epoch, rng.permutation(len(self.data.tokens))
+        return int(self._order[1][position])
