@@ -32,11 +32,11 @@ test: $(READY) ## the quick tests: no GPU, no weights
 test-all: $(READY) ## every test that needs no GPU
 	$(PYTEST) -m "not gpu" -n $(JOBS) --dist loadfile --benchmark-disable --durations=15
 
-lint: $(READY) ## ruff, mypy, and clang-format where it is installed
+lint: $(READY) ## ruff, mypy, clang-format
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
 	$(PY) -m mypy
-	@if command -v clang-format >/dev/null; then \
+	@export PATH="$(dir $(PY)):$$PATH"; if command -v clang-format >/dev/null; then \
 	  find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh' | xargs clang-format --dry-run --Werror; \
 	else echo "clang-format is not installed: csrc/ unchecked"; fi
 

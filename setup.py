@@ -22,7 +22,7 @@ from setuptools.command.build_ext import build_ext
 NO_EXTENSION_MESSAGE = """
 ==============================================================================
 musicgen_fast: the C++ extension was not built, and the install goes on without
-it. Everything works in plain torch; only drawing noise on the CPU is slower.
+it. Everything works in plain torch; drawing tokens on the CPU is slower.
 For the fast one, install a C++17 compiler (Debian: apt install g++; macOS:
 xcode-select --install) and run the same install command again, with
 --no-cache-dir --force-reinstall.

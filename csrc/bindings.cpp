@@ -40,8 +40,9 @@ void race_noise(Array<const int64_t, 1> seed,    // [B]
     for (int64_t b = 0; b < B; ++b) {
         const uint64_t key = uint64_t(seed(b));
         for (int64_t k = 0; k < K; ++k) {
-            instance.noise({uint32_t(key), uint32_t(key >> 32)}, {0, uint32_t(step(b)), uint32_t(k), uint32_t(stream(b))},
-                           int(V), out.data() + (b * K + k) * V);
+            instance.noise({uint32_t(key), uint32_t(key >> 32)},
+                           {0, uint32_t(step(b)), uint32_t(k), uint32_t(stream(b))}, int(V),
+                           out.data() + (b * K + k) * V);
         }
     }
 }
@@ -92,7 +93,8 @@ NB_MODULE(_C, m) {
     // noconvert on outputs: a conversion would fill a copy and leave the caller's array as it was.
     m.def("race_noise", &race_noise, "seed"_a, "step"_a, "stream"_a, "out"_a.noconvert(), "isa"_a = -1,
           "Fills out [B, K, V] float32 with exponential noise; isa < 0 takes the best the processor has.");
-    m.def("sample", &sample, "args"_a, "threads"_a = 1, "isa"_a = -1, "Draws the column of a SampleArgs at that address.");
+    m.def("sample", &sample, "args"_a, "threads"_a = 1, "isa"_a = -1,
+          "Draws the column of a SampleArgs at that address.");
     m.def("philox", &philox, "counter"_a, "key"_a, "out"_a.noconvert(), "Philox4x32-10, one block per row.");
     m.def("exponential", &exponential, "x"_a, "out"_a.noconvert(), "isa"_a = -1,
           "-ln((x + 0.5) / 2^32) of uint32 words.");

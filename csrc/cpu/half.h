@@ -19,7 +19,7 @@ MGF_INLINE float float_from_f16(uint16_t h) {
 MGF_INLINE float round_to_f16(float x) {
     const uint32_t magnitude = bits(x) & 0x7FFFFFFFu, sign = bits(x) ^ magnitude;
     uint32_t r = (magnitude + 0xFFFu + ((magnitude >> 13) & 1)) & ~0x1FFFu;
-    r = r >= 0x47800000u ? 0x7F800000u : r;                               // 65520 and more: infinity
+    r = r >= 0x47800000u ? 0x7F800000u : r;                                 // 65520 and more: infinity
     const uint32_t subnormal = bits((from_bits(magnitude) + 0.5f) - 0.5f);  // a float in [0.5, 1) steps by 2^-24 too
     r = magnitude < 0x38800000u ? subnormal : r;
     return from_bits((magnitude > 0x7F800000u ? magnitude : r) | sign);

@@ -1,8 +1,9 @@
 // Which instruction set to run: asked of the processor once, never assumed at compile time.
 //
 // A kernel is written once as an always-inlined body and instantiated under one `target` attribute per set; the caller
-// picks an instance by `Isa`. The bodies hold no intrinsics: the compiler vectorises them. Floating-point contraction
-// is off for the whole build, so every instance gives the same bits although AVX-512 machines have FMA.
+// picks an instance by `Isa`. The bodies hold no intrinsics, the compiler vectorises them; what it does not vectorise
+// well (Philox, compaction) each set brings itself. Floating-point contraction is off for the whole build, so every
+// instance gives the same bits although AVX-512 machines have FMA.
 #pragma once
 
 #if defined(__GNUC__) && defined(__x86_64__)

@@ -1,8 +1,8 @@
 // Philox for kLanes counters at once, for instruction sets that multiply the even 32-bit lanes to 64 bits.
 //
 // The compiler's own vectorisation of `uint64_t(a) * b` widens and narrows every product: 25 cycles a block with
-// AVX-512. Here even and odd lanes are multiplied where they lie, and the halves blended: 9. MGF_TARGET is the including
-// file's instruction set; its `Lanes` holds the vector type and the six operations.
+// AVX-512. Here even and odd lanes are multiplied where they lie, and the halves blended: 9. MGF_TARGET is the
+// including file's instruction set; its `Lanes` holds the vector type and the six operations.
 #pragma once
 
 #include "cpu/philox.h"

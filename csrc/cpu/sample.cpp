@@ -1,5 +1,5 @@
-// Rows over threads. A row takes 2 to 6 us, starting and joining a thread about 100 (two shared cores): 64 rows at top-k
-// 250 take 144 us with one thread and 189 with two, 128 rows 298 and 265, 512 rows 1356 and 844.
+// Rows over threads. A row takes 2 to 6 us, starting and joining a thread about 100 (two shared cores): 64 rows at
+// top-k 250 take 144 us with one thread and 189 with two, 128 rows 298 and 265, 512 rows 1356 and 844.
 #include "cpu/sample.h"
 
 #include <algorithm>

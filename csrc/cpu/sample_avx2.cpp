@@ -61,7 +61,7 @@ struct Simd {
     // Packs the keys >= threshold in order, and where they were; returns how many. `to` may be `key`.
     MGF_TARGET static inline int compact(const int32_t* key, int n, int32_t threshold, int32_t* to, int32_t* where) {
         int kept = 0, i = 0;
-        const __m256i below = _mm256_set1_epi32(threshold - 1);  // the threshold is above kDropped, the smallest integer
+        const __m256i below = _mm256_set1_epi32(threshold - 1);  // kDropped, the smallest, is never a threshold
         __m256i index = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
         for (; i + 8 <= n; i += 8) {
             const __m256i k = load8(key + i);

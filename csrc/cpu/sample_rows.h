@@ -1,8 +1,8 @@
 // Rows of the sampler: mix -> keys -> top-k -> weights -> min-p, top-p -> race -> the cell of the sequence.
 //
-// Included once per instruction set (sample_baseline.cpp, sample_avx2.cpp, sample_avx512.cpp), each of which brings what
-// the compiler does not vectorise well by itself, `Simd`. Decisions rest on integers and on separately rounded fp32
-// operations, so that every instance, and every other backend, chooses the same token.
+// Included once per instruction set (sample_baseline.cpp, sample_avx2.cpp, sample_avx512.cpp), each of which brings
+// what the compiler does not vectorise well by itself, `Simd`. Decisions rest on integers and on separately rounded
+// fp32 operations, so that every instance, and every other backend, chooses the same token.
 #pragma once
 
 #include "cpu/sample_filters.h"
@@ -16,7 +16,8 @@ MGF_INLINE Choice choose(const Row& row, Scratch& s) {
     float* const mixed = s.w;
     mix<D>(row, mixed);
     if (row.scale < 0) return greedy(mixed, s.key, row.V);
-    const int32_t top = row.divide ? scale_to_keys<D, true>(row, mixed, s.key) : scale_to_keys<D, false>(row, mixed, s.key);
+    const int32_t top =
+        row.divide ? scale_to_keys<D, true>(row, mixed, s.key) : scale_to_keys<D, false>(row, mixed, s.key);
     if (top == kMinusInfinity) return {0, true};
     Candidates c = {row.V, nullptr, s.key, s.w, s.inverse};
     if (row.top_k > 0 && row.top_k < row.V) c = keep_top_k<Simd>(s, row.V, row.top_k, top);
@@ -124,11 +125,19 @@ MGF_INLINE void exp2_pairs(const float* __restrict t, int64_t n, float* __restri
 }  // namespace mgf
 
 // The functions of an instance: the templates above, compiled under the `target` attribute of an instruction set.
-#define MGF_INSTANCE(name, target)                                                                                     \
-    namespace {                                                                                                        \
-    target void rows(const SampleArgs& a, int first, int last) { sample_rows<Simd>(a, first, last); }                  \
-    target void noise(Key seed, Counter counter, int V, float* E) { noise_row<Simd>(seed, counter, V, E); }            \
-    target void exponential_(const uint32_t* x, int64_t n, float* E) { exponentials(x, n, E); }                        \
-    target void exp2_pair_(const float* t, int64_t n, float* w, float* inverse) { exp2_pairs(t, n, w, inverse); }      \
-    }                                                                                                                  \
+#define MGF_INSTANCE(name, target)                                                \
+    namespace {                                                                   \
+    target void rows(const SampleArgs& a, int first, int last) {                  \
+        sample_rows<Simd>(a, first, last);                                        \
+    }                                                                             \
+    target void noise(Key seed, Counter counter, int V, float* E) {               \
+        noise_row<Simd>(seed, counter, V, E);                                     \
+    }                                                                             \
+    target void exponential_(const uint32_t* x, int64_t n, float* E) {            \
+        exponentials(x, n, E);                                                    \
+    }                                                                             \
+    target void exp2_pair_(const float* t, int64_t n, float* w, float* inverse) { \
+        exp2_pairs(t, n, w, inverse);                                             \
+    }                                                                             \
+    }                                                                             \
     const Instance name = {rows, noise, exponential_, exp2_pair_};
