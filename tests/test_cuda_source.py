@@ -7,6 +7,7 @@ What nvcc makes of the source is for test_cuda_build.py, the real thing for test
 from __future__ import annotations
 
 import ctypes
+import json
 import os
 import shutil
 import subprocess
@@ -48,6 +49,41 @@ def test_golden_tokens(emulated, case, monkeypatch):
     monkeypatch.setattr(sampling, "choose", lambda name, device: emulated)
     drawn = sampling.sample(golden_logits(case), **golden_arguments(case))
     assert drawn.tolist() == case["tokens"]
+
+
+FUNCTIONS = """
+#include <cuda_runtime.h>
+#include "cpu/race.h"
+__global__ void functions(int n, const uint32_t* x, const float* t, float* E, float* w, float* iw) {
+    __shared__ int count;  // the emulator wants some shared memory
+    if (threadIdx.x == 0) count = n;
+    __syncthreads();
+    for (int i = threadIdx.x; i < count; i += blockDim.x) {
+        E[i] = mgf::exponential(x[i]);
+        const mgf::PowerOfTwo pair = mgf::exp2_pair(t[i]);
+        w[i] = pair.w, iw[i] = pair.iw;
+    }
+}
+extern "C" int run(int n, const uint32_t* x, const float* t, float* E, float* w, float* iw) {
+    cudaLaunchConfig_t launch{};
+    launch.blockDim = dim3(64);
+    return cudaLaunchKernelEx(&launch, functions, n, x, t, E, w, iw);
+}
+"""
+
+
+@needs_emulator
+def test_golden_functions(tmp_path):
+    """-ln and 2^t as a kernel sees them."""
+    table = json.loads((ROOT / "tests" / "assets" / "golden_functions.json").read_text())
+    (tmp_path / "functions.cu").write_text(FUNCTIONS)
+    library = ctypes.CDLL(str(build_emulated(tmp_path / "functions.cu", tmp_path / "functions.so")))
+    x, t = torch.tensor(table["x"]).to(torch.int32), torch.tensor(table["t_bits"]).to(torch.int32)
+    assert len(x) == len(t) > 100
+    out = torch.zeros(3, len(x), dtype=torch.int32)
+    assert library.run(len(x), *(ctypes.c_void_p(tensor.data_ptr()) for tensor in (x, t, *out))) == 0
+    for name, found in zip(("E_bits", "w_bits", "iw_bits"), out, strict=True):
+        assert torch.equal(found, torch.tensor(table[name]).to(torch.int32)), name
 
 
 @needs_emulator

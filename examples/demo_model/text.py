@@ -7,11 +7,12 @@ It does not know songs beyond their captions, nor the text encoder.
 
 from __future__ import annotations
 
-import io
 import json
 import string
 from collections.abc import Iterable
 from pathlib import Path
+
+from musicgen_fast.checkpoints import write
 
 from .captions import caption
 from .synth import compose
@@ -27,31 +28,8 @@ def training_captions(count: int = _CAPTIONS) -> list[str]:
 
 
 def train_vocabulary(texts: Iterable[str], size: int = 200) -> bytes:
-    """The content of spiece.model: a unigram model of at most `size` pieces, upper case folded (nmt_nfkc_cf).
-
-    T5's conventions: <pad> 0, </s> 1, <unk> 2. Deterministic. Its table of foldings is 240 kB whatever the size.
-    """
-    import sentencepiece
-
-    model = io.BytesIO()
-    sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(list(texts)),
-        model_writer=model,
-        model_type="unigram",
-        vocab_size=size,
-        hard_vocab_limit=False,
-        normalization_rule_name="nmt_nfkc_cf",
-        required_chars=_REQUIRED,
-        character_coverage=1.0,
-        pad_id=0,
-        eos_id=1,
-        unk_id=2,
-        bos_id=-1,
-        pad_piece="<pad>",
-        num_threads=1,
-        minloglevel=2,
-    )
-    return model.getvalue()
+    """The content of spiece.model: upper case is folded, and words that no caption has can be spelled."""
+    return write.train_vocabulary(texts, size, fold_case=True, characters=_REQUIRED)
 
 
 def write_tokenizer(folder: Path, model: bytes) -> None:

@@ -169,7 +169,16 @@ def transformers_tensors(checkpoint: Checkpoint) -> dict[str, Tensor]:
 
 
 def write_vocabulary(folder: Path, captions: Iterable[str] = _LINES, size: int = 80) -> None:
-    """Trains a small T5 vocabulary (`spiece.model`; `size` pieces, fewer where the captions do not hold them)."""
+    """A small T5 vocabulary, `spiece.model`, trained on the captions."""
+    (folder / "spiece.model").write_bytes(train_vocabulary(captions, size))
+
+
+def train_vocabulary(captions: Iterable[str], size: int, *, fold_case: bool = False, characters: str = "") -> bytes:
+    """The content of a spiece.model: unigrams, at most `size` pieces, T5's <pad> 0, </s> 1, <unk> 2. Deterministic.
+
+    `fold_case` reads capitals as small letters (the table for it takes 240 kB); `characters` become pieces though no
+    caption holds them.
+    """
     import sentencepiece
 
     model = io.BytesIO()
@@ -179,6 +188,9 @@ def write_vocabulary(folder: Path, captions: Iterable[str] = _LINES, size: int =
         model_type="unigram",
         vocab_size=size,
         hard_vocab_limit=False,
+        normalization_rule_name="nmt_nfkc_cf" if fold_case else "nmt_nfkc",
+        required_chars=characters,
+        character_coverage=1.0 if characters else 0.9995,
         pad_id=0,
         eos_id=1,
         unk_id=2,
@@ -187,4 +199,4 @@ def write_vocabulary(folder: Path, captions: Iterable[str] = _LINES, size: int =
         num_threads=1,
         minloglevel=2,
     )
-    (folder / "spiece.model").write_bytes(model.getvalue())
+    return model.getvalue()
