@@ -2,7 +2,8 @@
 
 A convolution is here a few matrix products over shifted views of one padded buffer; a strided one reads `stride` rows
 as one, and a transposed one writes `stride` rows as one, so nothing is ever shuffled. Weights are channels last. Each
-layer pads and computes the whole of what it is given: blocks and streams are the business of `stacks.py`.
+layer pads and computes the whole of what it is given: blocks are the business of `stacks.py`. For streams, whose
+padding comes only at their ends, `valid` computes without it.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-__all__ = ["Conv", "Recurrence", "ResBlock", "Upsample", "padding"]
+__all__ = ["Conv", "Recurrence", "ResBlock", "Upsample", "pad_rows", "padding"]
 
 # oneDNN's convolution on channels-last views takes 0.65 to 1 times as long as products over taps while a filter is
 # small; a larger one is repacked by every call. Not on CUDA: cuDNN would use TF32.
@@ -29,7 +30,7 @@ def padding(kernel: int, dilation: int = 1, stride: int = 1) -> tuple[int, int]:
     return total - total // 2, total // 2
 
 
-def _pad_rows(x: Tensor, left: int, right: int, mode: str, activate: bool) -> Tensor:
+def pad_rows(x: Tensor, left: int, right: int, mode: str, activate: bool) -> Tensor:
     """[B, T, C] -> a new contiguous [B, left + T + right, C], through ELU if `activate`.
 
     Mode 'reflect' mirrors without repeating the edge. An input too short for that is first continued with zeros,
@@ -39,7 +40,7 @@ def _pad_rows(x: Tensor, left: int, right: int, mode: str, activate: bool) -> Te
     missing = max(left, right) - length + 1 if mode == "reflect" else 0
     if missing > 0 and left + right > 0:
         x = torch.cat([x, x.new_zeros(batch, missing, channels)], dim=1)
-        return _pad_rows(x, left, right, mode, activate)[:, : left + length + right].contiguous()
+        return pad_rows(x, left, right, mode, activate)[:, : left + length + right].contiguous()
     rows = x.new_empty(batch, left + length + right, channels)
     middle = rows[:, left : left + length]
     if activate:
@@ -85,9 +86,12 @@ class Conv(nn.Module):
         self.left, self.right = padding(kernel, dilation, stride)
 
     def forward(self, x: Tensor, activate: bool = False) -> Tensor:
-        c_out, _, c_in = self.weight.shape
         to_full_window = -x.shape[1] % self.stride
-        rows = _pad_rows(x, self.left, self.right + to_full_window, self.pad_mode, activate)
+        return self.valid(pad_rows(x, self.left, self.right + to_full_window, self.pad_mode, activate))
+
+    def valid(self, rows: Tensor) -> Tensor:
+        """One output for every window within rows [B, T, C_in], which are contiguous and activated already."""
+        c_out, _, c_in = self.weight.shape
         if self.stride > 1:
             rows = rows.view(rows.shape[0], -1, self.stride * c_in)
             return _sum_of_taps(rows, self.weight.view(c_out, -1, self.stride * c_in), self.bias)
@@ -123,14 +127,16 @@ class Upsample(nn.Module):
     def __init__(self, c_in: int, c_out: int, stride: int) -> None:
         super().__init__()
         self.weight, self.bias = _empty(stride * c_out, 2, c_in), _empty(c_out)
-        self.stride = stride
+        self.stride, self.cut = stride, stride - stride // 2
 
     def forward(self, x: Tensor) -> Tensor:
-        batch, length, _ = x.shape
-        rows = _pad_rows(x, 1, 1, "constant", activate=True)
+        out = self.valid(pad_rows(x, 1, 1, "constant", activate=True))
+        return out[:, self.cut : self.cut + x.shape[1] * self.stride]
+
+    def valid(self, rows: Tensor) -> Tensor:
+        """Untrimmed, of activated rows [B, 1 + T, C_in]: [B, T stride, C_out], from each row and the one before it."""
         out = _sum_of_taps(rows, self.weight, self.bias.repeat(self.stride))
-        cut = self.stride - self.stride // 2
-        return out.view(batch, -1, self.bias.shape[0])[:, cut : cut + length * self.stride]
+        return out.view(rows.shape[0], -1, self.bias.shape[0])
 
 
 class ResBlock(nn.Module):
@@ -142,9 +148,13 @@ class ResBlock(nn.Module):
         self.point = Conv(hidden, dim, 1, pad_mode)
 
     def forward(self, x: Tensor) -> Tensor:
-        hidden = F.elu_(self.wide(x, activate=True))
+        hidden = self.wide(x, activate=True)
+        return self.add_point(x.add_(self.point.bias), hidden)
+
+    def add_point(self, x: Tensor, hidden: Tensor) -> Tensor:
+        """x + conv_1(elu(hidden)) without the bias of conv_1; both arguments are written over."""
         matrix = self.point.weight[:, 0].t().expand(x.shape[0], -1, -1)
-        return x.add_(self.point.bias).baddbmm_(hidden, matrix)
+        return x.baddbmm_(F.elu_(hidden), matrix)
 
 
 class Recurrence(nn.LSTM):

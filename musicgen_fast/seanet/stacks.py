@@ -15,7 +15,7 @@ from torch import Tensor, cat, nn
 from ..config import CodecConfig
 from .layers import Conv, Recurrence, ResBlock, Upsample, padding
 
-__all__ = ["Decoder", "Encoder"]
+__all__ = ["Decoder", "Encoder", "spans"]
 
 # Bytes of the widest activation of a block. CPU: the buffers then stay near the caches and below the size at which
 # malloc maps fresh pages for each (whole 10 s: 86 ms per second of audio, in blocks: 70). CUDA: fewer launches.
@@ -67,7 +67,7 @@ def _contexts(config: CodecConfig) -> tuple[int, list[int]]:
     return encoder, decoder
 
 
-def _spans(length: int, bytes_each: int, context: int, x: Tensor, budget: int = 1) -> Iterator[tuple[int, int]]:
+def spans(length: int, bytes_each: int, context: int, x: Tensor, budget: int = 1) -> Iterator[tuple[int, int]]:
     """Split range(length) into nearly equal spans, each with activations of about `budget` blocks of x's device."""
     limit = budget * _BLOCK_BYTES["cpu" if x.device.type == "cpu" else "cuda"]
     block = max(limit // (bytes_each * x.shape[0] * x.element_size()), 16 * context)
@@ -101,7 +101,7 @@ class Encoder(nn.Module):
         """[B, n, channels] -> [B, ceil(n / hop), C]: the convolutions before the LSTM, block by block."""
         parts = []
         # two blocks' worth: only the first stage is that wide
-        for low, high in _spans(-(-wav.shape[1] // self.hop), self.hop * self.width, self.context, wav, budget=2):
+        for low, high in spans(-(-wav.shape[1] // self.hop), self.hop * self.width, self.context, wav, budget=2):
             start = max(0, low - self.context)
             x = self.first(wav[:, start * self.hop : (high + self.context) * self.hop])
             for stage in self.stages:
@@ -113,8 +113,8 @@ class Encoder(nn.Module):
 class Decoder(nn.Module):
     """Latents [B, T, dimension] -> waveform [B, T hop, channels] (audiocraft `SEANetDecoder`).
 
-    Three parts, each usable alone by a streaming decoder: `first` sees 3 frames to either side, `lstm` all of the
-    past, and `upsample` `contexts[0]` frames to either side (1 for the codec of MusicGen).
+    Three parts: `first` sees 3 frames to either side, `lstm` all of the past, and `upsample` `contexts[0]` frames to
+    either side (1 for the codec of MusicGen). `streaming.py` runs the same layers over pieces.
     """
 
     def __init__(self, config: CodecConfig) -> None:
@@ -145,7 +145,7 @@ class Decoder(nn.Module):
         length, context, stride = x.shape[1], self.contexts[depth], self.ratios[depth]
         scale = math.prod(self.ratios[depth:])
         parts = []
-        for low, high in _spans(length, stride * (x.shape[2] // 2), context, x):
+        for low, high in spans(length, stride * (x.shape[2] // 2), context, x):
             start = max(0, low - context)
             wav = self.upsample(self.stages[depth](x[:, start : high + context]), depth + 1)
             parts.append(wav[:, (low - start) * scale : (high - start) * scale])
