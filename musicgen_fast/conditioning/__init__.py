@@ -37,11 +37,12 @@ class WavCondition(NamedTuple):
 
 @dataclass
 class ConditioningAttributes:
-    """What one request asks for: audiocraft's class as far as MusicGen uses it."""
+    """What one request asks for: audiocraft's class as far as MusicGen uses it, and two fields of our own."""
 
     text: dict[str, str | None] = field(default_factory=dict)
     wav: dict[str, WavCondition] = field(default_factory=dict)
     separate: bool = True  # melody models: follow vocals and other, separated by demucs, or the mix as it is
+    negative: str | None = None  # a text for the null branch: guidance then leads away from it
 
 
 class Conditioner:
@@ -178,30 +179,45 @@ class Conditioner:
         """
         assert compat in COMPAT and guidance in ("none", "cfg", "double")
         texts = [self.encode_text(a.text.get("description")) for a in attributes]
-        lengths = [1 if t is None else len(t) for t in texts]
-        if compat == "audiocraft":
-            lengths = [max(lengths)] * len(lengths)
+        negative = [self.encode_text(a.negative) if guidance != "none" else None for a in attributes]
         if self.config.conditioning == "cross":
-            return self._cross(texts, lengths, guidance)
+            return self._cross(texts, negative, guidance, compat)
+        both = [_longer(t, n) for t, n in zip(texts, negative, strict=True)]
+        lengths = [max(both)] * len(both) if compat == "audiocraft" else both
         given, null = self._wav_prefixes(attributes, compat, seeds)
         two_step &= guidance == "cfg"  # double guidance encodes its three branches together
         if two_step and self.config.style is not None:
             null = [self._zeros(1)] * len(null)
-        null_lengths = [1] * len(lengths) if two_step else lengths
+        null_lengths = [_longer(n) for n in negative] if two_step else lengths
         rows = [(given, [self._padded(t, n) for t, n in zip(texts, lengths, strict=True)])]
         if guidance == "double":
             rows.append((given, [self._zeros(n) for n in lengths]))
         if guidance != "none":
-            rows.append((null, [self._zeros(n) for n in null_lengths]))
+            rows.append((null, [self._padded(t, n) for t, n in zip(negative, null_lengths, strict=True)]))
         branches = [Branch(prefix=_join(wavs, text)) for wavs, text in rows]
         return Conditions(len(attributes), branches, {"none": 1, "cfg": 2, "double": 3}[guidance])
 
-    def _cross(self, texts: list[Tensor | None], lengths: list[int], guidance: str) -> Conditions:
-        conditional = Branch()
-        if any(t is not None for t in texts):
-            conditional.cross = [self._padded(t, n) for t, n in zip(texts, lengths, strict=True)]
-        branches = [conditional] if guidance == "none" else [conditional, Branch()]
+    def _cross(
+        self, texts: list[Tensor | None], negative: list[Tensor | None], guidance: str, compat: str
+    ) -> Conditions:
+        branches = [Branch(cross=self._cross_states(texts, compat))]
+        if guidance != "none":
+            branches.append(Branch(cross=self._cross_states(negative, compat)))
         return Conditions(len(texts), branches, {"none": 1, "cfg": 2, "double": 3}[guidance])
+
+    def _cross_states(self, texts: list[Tensor | None], compat: str) -> list[Tensor] | None:
+        """States of every row; a text that is missing among others is zeros, which contribute exactly nothing."""
+        if all(t is None for t in texts):
+            return None
+        lengths = [_longer(t) for t in texts]
+        if compat == "audiocraft":
+            lengths = [max(lengths)] * len(lengths)
+        return [self._padded(t, n) for t, n in zip(texts, lengths, strict=True)]
+
+
+def _longer(*texts: Tensor | None) -> int:
+    """Positions of the longest of a request's texts; a missing one takes one."""
+    return max(1 if t is None else len(t) for t in texts)
 
 
 def _join(wavs: list[Tensor], texts: list[Tensor]) -> list[Tensor]:
