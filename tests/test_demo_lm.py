@@ -6,13 +6,14 @@ import json
 import shutil
 import signal
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from examples.demo_model import ship, train_lm
 from examples.demo_model.lm import DemoLM, Sizes
-from examples.demo_model.lm_data import Batches
+from examples.demo_model.lm_data import Batches, Mixed
 from examples.demo_model.tokens import TokenSet, read_tokens
 from examples.demo_model.train_lm import Options, Trainer
 from musicgen_fast import MusicGen
@@ -150,8 +151,9 @@ def run(made: Path, out: Path, *extra: str) -> int:
 
 def test_a_resumed_run_is_the_uninterrupted_one_to_the_bit(made, tmp_path, monkeypatch, capsys) -> None:
     whole, parts = tmp_path / "whole", tmp_path / "parts"
-    assert run(made, whole, "--steps", "6", "--ema", "0.9") == 0
-    drawn = Batches.batch
+    options = ["--steps", "6", "--ema", "0.9", "--beginnings", str(made / "train"), "--start", "12"]
+    assert run(made, whole, *options) == 0
+    drawn = Mixed.batch
 
     def interrupting(self, step):
         if step == 3:
@@ -159,8 +161,8 @@ def test_a_resumed_run_is_the_uninterrupted_one_to_the_bit(made, tmp_path, monke
         return drawn(self, step)
 
     with monkeypatch.context() as patch:
-        patch.setattr(Batches, "batch", interrupting)
-        assert run(made, parts, "--steps", "6", "--ema", "0.9") == 130
+        patch.setattr(Mixed, "batch", interrupting)
+        assert run(made, parts, *options) == 130
     assert "interrupted at step 4" in capsys.readouterr().out
     assert not (parts / "lm.pt").exists()
     assert run(made, parts, "--resume") == 0
@@ -172,7 +174,8 @@ def test_a_resumed_run_is_the_uninterrupted_one_to_the_bit(made, tmp_path, monke
     logs = [[json.loads(line) for line in (f / "log.jsonl").read_text().splitlines()] for f in (whole, parts)]
     assert [line["step"] for line in logs[1]] == [1, 2, 3, 4, 5, 6, 6]
     assert logs[0][-1]["held_out"] == logs[1][-1]["held_out"]
-    assert set(logs[0][-1]["held_out"]) == {"unigram", "captions", "none", "saved"}
+    assert set(logs[0][-1]["held_out"]) == {"unigram", "captions", "none", "saved", "start"}
+    assert logs[0][-1]["frames"] == 3 * 4 * 40 + 3 * 13 * 12, "as many frames of beginnings a step, about"
     assert len(logs[0][-1]["held_out"]["captions"]) == 4
 
 
@@ -200,12 +203,13 @@ def test_both_libraries_make_the_same_tokens_of_the_shipped_folder(codec, shippe
 
 def test_what_is_in_the_shipped_folder(shipped) -> None:
     from safetensors.torch import load_file
-    from transformers import AutoProcessor
+    from transformers import AutoProcessor, MusicgenForConditionalGeneration
 
     out = shipped[1] / "out"
     tensors = load_file(out / "model.safetensors")
     assert {tensor.dtype for tensor in tensors.values()} == {torch.float16}
-    assert not [name for name in tensors if "embed_avg" in name]
+    loading: Any = MusicgenForConditionalGeneration.from_pretrained(out, output_loading_info=True)[1]
+    assert not loading["missing_keys"] and not loading["unexpected_keys"], "transformers would print a report of it"
     assert str(shipped[1].parent) not in (out / "config.json").read_text(), "a folder of this machine"
     model = MusicGen.get_pretrained(out, device="cpu")
     assert (model.max_duration, model.sample_rate, model.frame_rate) == (10.0, 16000, 50.0)

@@ -13,7 +13,7 @@ import torch
 
 from examples.demo_model import lm_data, tokens
 from examples.demo_model.captions import caption, demands
-from examples.demo_model.lm_data import Batches
+from examples.demo_model.lm_data import Batches, Mixed
 from examples.demo_model.synth import compose, render
 from examples.demo_model.text import SENTINELS, train_vocabulary, training_captions
 from examples.demo_model.tokens import TokenSet, encode_songs, load_codec, make_tokens, read_tokens
@@ -183,3 +183,20 @@ def test_captions_are_drawn_anew_and_true_and_some_are_dropped(data, tokenizer, 
     assert len({text for _, text in texts}) > 90
     for labels, text in texts:
         assert all(getattr(labels, name) in allowed for name, allowed in demands(text).items())
+
+
+def test_beginnings_take_their_share_of_the_steps_in_order(data, tokenizer) -> None:
+    long = Batches(data, tokenizer, size=2, frames=30, seed=1)
+    short = Batches(data, tokenizer, size=4, frames=12, seed=1, aligned=1.0)
+    mixed = Mixed(long, short, 0.4)
+    widths = [mixed.batch(step)[0].shape for step in range(10)]
+    assert [tuple(w) for w in widths].count((4, 4, 12)) == 4 and [tuple(w) for w in widths].count((2, 4, 30)) == 6
+    drawn = [mixed.batch(step)[0] for step in range(10)]
+    for part, width in ((short, 12), (long, 30)):
+        rows = [crop for crop in drawn if crop.shape[2] == width]
+        for index, crop in enumerate(rows):
+            assert torch.equal(crop, part.batch(index)[0]), "none is left out, none comes twice"
+    starts = {tuple(clip[:, :12].ravel().tolist()) for clip in data.tokens}
+    assert all(tuple(crop.flatten().tolist()) in starts for crop in short.batch(0)[0].numpy().reshape(4, 1, -1))
+    with pytest.raises(ValueError, match="from 0 to 1"):
+        Mixed(long, short, 1.5)

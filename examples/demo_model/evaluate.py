@@ -1,9 +1,9 @@
 """What the demo model is worth: `python -m examples.demo_model.evaluate MODEL TRAIN HELD OUT`.
 
-MODEL is the shipped folder, TRAIN and HELD are token sets of its codec. Writes OUT.json and prints tables: nats per
-codebook beside the unigram's, with and without captions; and how many clips sound as their prompts asked, beside chance
-and beside the analyser's ceiling on true songs that went through the codec. Loads through `MusicGen.get_pretrained`,
-as a user would. Trains nothing but the analyser.
+MODEL is the shipped folder, TRAIN and HELD are token sets of its codec. Writes OUT.json and prints tables: figures of
+the codec; nats per codebook beside the unigram's, with and without captions; and how many clips sound as their prompts
+asked, beside chance and beside the analyser's ceiling on true songs that went through the codec. Loads through
+`MusicGen.get_pretrained`, as a user would. Trains nothing but the analyser.
 """
 
 from __future__ import annotations
@@ -25,14 +25,18 @@ from musicgen_fast import MusicGen
 from musicgen_fast.evaluation import (
     Analyser,
     Score,
+    codebook_perplexity,
+    codec_figures,
     markdown_table,
     measure,
+    mu_law,
     negative_log_likelihood,
     score,
     unigram_cross_entropy,
 )
 
 from .captions import caption, demands
+from .codec_data import held_out_excerpts, held_out_songs, read_tracks
 from .synth import VALUES, Labels, Song, render, song_from
 from .tokens import TokenSet, read_tokens
 
@@ -40,31 +44,73 @@ FIT_SEED, TRUE_SEED, PROMPT_SEED = 5_000_000, 6_000_000, 7_000_000  # songs that
 CLIPS_AT_ONCE = 16
 
 
-def likelihood(model: MusicGen, train: TokenSet, held: TokenSet, clips: int, frames: int) -> dict[str, Any]:
-    """Nats per codebook on held-out songs: unigram, the model with captions, and without."""
-    tokens = torch.from_numpy(np.asarray(held.tokens[:clips, :, :frames], dtype=np.int64))
-    seen = torch.from_numpy(np.asarray(train.tokens[:, :, :frames], dtype=np.int64))
-    unigram = unigram_cross_entropy(seen, tokens, train.codes)
-    found = negative_log_likelihood(model.lm, tokens, held.captions[:clips])
-    blind = negative_log_likelihood(model.lm, tokens)
-    return {
-        "clips": len(tokens),
-        "frames": frames,
-        "unigram": unigram.tolist(),
-        "with captions": found.per_codebook.tolist(),
-        "standard error": found.standard_error.tolist(),
-        "without captions": blind.per_codebook.tolist(),
-    }
+def codec_figures_table(model: MusicGen, clips: int, frames: int = 100) -> dict[str, Any]:
+    """Figures of the codec on held-out songs and tracks beside random codes and mu-law, and the codebooks' use.
+
+    The tracks are left out where `immich_memories_music` is not installed.
+    """
+    codec, rate = model.compression_model, model.sample_rate
+    sets = {"synth": held_out_songs(clips, frames)}
+    if kept := read_tracks()[1]:
+        sets["real"] = held_out_excerpts(kept, clips, frames)
+    found: dict[str, Any] = {}
+    pooled: list[Tensor] = []
+    for name, wav in sets.items():
+        codes = codec.encode(wav[:, None])[0]
+        pooled.append(codes)
+        drawn = torch.randint(codec.cardinality, codes.shape, generator=torch.Generator().manual_seed(0))
+        rows = {"codec": codec.decode(codes)[:, 0], "random codes": codec.decode(drawn)[:, 0]}
+        rows |= {f"mu-law {bits} bits": mu_law(wav, bits) for bits in (4, 2)}
+        figures = {row: asdict(codec_figures(list(wav), list(other), rate)) for row, other in rows.items()}
+        found[name] = {**figures, "perplexity": codebook_perplexity(codes, codec.cardinality).tolist()}
+    together = codebook_perplexity(torch.cat(pooled), codec.cardinality).tolist()
+    return {"clips": clips, "frames": frames, **found, "perplexity of both": together}
+
+
+def codec_markdown(found: dict[str, Any]) -> str:
+    lines = ["| held-out | | spectral convergence | log-mel | SI-SNR, dB | codes in use |", "|---|---|---|---|---|---|"]
+    for name in ("synth", "real"):
+        for row, figures in found.get(name, {}).items():
+            if row == "perplexity":
+                continue
+            numbers = " | ".join(f"{value:.2f}" for value in figures.values())
+            used = ", ".join(f"{p:.0f}" for p in found[name]["perplexity"]) if row == "codec" else ""
+            lines.append(f"| {name} | {row} | {numbers} | {used} |")
+    lines.append("| both | | | | | " + ", ".join(f"{p:.0f}" for p in found["perplexity of both"]) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def likelihood(model: MusicGen, train: TokenSet, held: TokenSet, clips: int, spans: Sequence[int]) -> dict[str, Any]:
+    """Nats per codebook on the first frames of held-out songs: unigram, the model without captions, with those of other
+    songs, with their own, and with captions that name every label."""
+    texts = list(held.captions[:clips])
+    full = [full_caption(labels, PROMPT_SEED + 1000 * i) for i, labels in enumerate(held.labels[:clips])]
+    found: dict[str, Any] = {"clips": len(texts)}
+    for frames in spans:
+        tokens = torch.from_numpy(np.asarray(held.tokens[:clips, :, :frames], dtype=np.int64))
+        seen = torch.from_numpy(np.asarray(train.tokens[:, :, :frames], dtype=np.int64))
+        columns: dict[str, Any] = {"unigram": unigram_cross_entropy(seen, tokens, train.codes).tolist()}
+        given = {"without": None, "of another": texts[1:] + texts[:1], "with captions": texts, "that say all": full}
+        for name, descriptions in given.items():
+            nats = negative_log_likelihood(model.lm, tokens, descriptions)
+            columns[name] = nats.per_codebook.tolist()
+        columns["standard error"] = nats.standard_error.tolist()
+        found[str(frames)] = columns
+    return found
 
 
 def likelihood_table(found: dict[str, Any]) -> str:
-    """Markdown; the reduction is that of the model with captions against the unigram."""
-    lines = ["| codebook | unigram | without captions | with captions | reduction |", "|---|---|---|---|---|"]
-    rows = list(zip(found["unigram"], found["without captions"], found["with captions"], strict=True))
-    rows.append(tuple(sum(column) / len(rows) for column in zip(*rows, strict=True)))
-    names = [str(k + 1) for k in range(len(rows) - 1)] + ["mean"]
-    for name, (unigram, blind, nats) in zip(names, rows, strict=True):
-        lines.append(f"| {name} | {unigram:.3f} | {blind:.3f} | {nats:.3f} | {100 * (1 - nats / unigram):.0f} % |")
+    """Markdown, nats per token; the reduction is that of the model with captions against the unigram."""
+    titles = ("unigram", "without", "of another", "with captions", "that say all")
+    lines = ["| frames | codebook | " + " | ".join(titles) + " | reduction |", "|---" * (len(titles) + 3) + "|"]
+    for frames, columns in found.items():
+        if frames == "clips":
+            continue
+        rows = list(zip(*(columns[title] for title in titles), strict=True))
+        rows.append(tuple(sum(column) / len(rows) for column in zip(*rows, strict=True)))
+        for name, row in zip([*map(str, range(1, len(rows))), "mean"], rows, strict=True):
+            numbers = " | ".join(f"{nats:.3f}" for nats in row)
+            lines.append(f"| {frames} | {name} | {numbers} | {100 * (1 - row[3] / row[0]):.0f} % |")
     return "\n".join(lines) + "\n"
 
 
@@ -161,7 +207,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("held", type=Path, help="held-out token set")
     parser.add_argument("out", type=Path, help="JSON file to write")
     parser.add_argument("--clips", type=int, default=64, help="held-out clips for the likelihood (default 64)")
-    parser.add_argument("--frames", type=int, default=500, help="of each (default 500, 10 s)")
+    parser.add_argument("--spans", type=int, nargs="+", default=[25, 50, 500], help="first frames (default 25 50 500)")
     parser.add_argument("--prompts", type=int, default=128, help="default 128")
     parser.add_argument("--seconds", type=float, default=6.0, help="of a judged clip (default 6)")
     parser.add_argument("--top-k", type=int, default=100, help="default 100")
@@ -170,7 +216,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     began = time.monotonic()
     model = MusicGen.get_pretrained(args.model, device="cpu")
     train, held = read_tokens(args.train), read_tokens(args.held)
-    report: dict[str, Any] = {"likelihood": likelihood(model, train, held, args.clips, args.frames)}
+    report: dict[str, Any] = {"codec": codec_figures_table(model, min(args.clips, 36))}
+    print(codec_markdown(report["codec"]), flush=True)
+    report["likelihood"] = likelihood(model, train, held, args.clips, args.spans)
     print(likelihood_table(report["likelihood"]), flush=True)
     report["adherence"] = adherence(model, args.prompts, args.seconds, args.top_k, args.fit_clips)
     args.out.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")

@@ -62,9 +62,10 @@ class Batches:
         keep = torch.tensor([float(rng.random() >= self.drop) for _ in crops])
         return torch.from_numpy(np.stack(crops)), *self.ids(texts), keep
 
-    def first(self, count: int, captions: bool) -> Batch:
-        """The beginnings of the first `count` clips with their own captions, or with all of them dropped."""
-        tokens = torch.from_numpy(np.asarray(self.data.tokens[:count, :, : self.frames], dtype=np.int64))
+    def first(self, count: int, captions: bool, frames: int | None = None) -> Batch:
+        """The beginnings of the first `count` clips with their own captions, or with all of them dropped; as long as
+        the crops, or `frames`."""
+        tokens = torch.from_numpy(np.asarray(self.data.tokens[:count, :, : frames or self.frames], dtype=np.int64))
         return tokens, *self.ids(self.data.captions[:count]), torch.full((len(tokens),), float(captions))
 
     def ids(self, texts: Sequence[str]) -> tuple[Tensor, Tensor]:
@@ -81,3 +82,25 @@ class Batches:
             rng = np.random.default_rng([self.seed, epoch])
             self._order = epoch, rng.permutation(len(self.data.tokens))
         return int(self._order[1][position])
+
+
+class Mixed:
+    """Long crops, and now and then a batch of beginnings: there the caption has something to say.
+
+    A caption holds some 6 nats, and after half a second the sound itself has told them all: who trains on long crops
+    alone learns to read the past and to ignore the text.
+
+    Args:
+        short: beginnings of songs, as wide as its clips are long.
+        share: of the steps that take them, 0..1.
+    """
+
+    def __init__(self, long: Batches, short: Batches, share: float) -> None:
+        if not 0 <= share <= 1:
+            raise ValueError(f"the share of beginnings must be from 0 to 1, not {share}")
+        self.data, self.long, self.short, self.share = long.data, long, short, share
+
+    def batch(self, step: int) -> Batch:
+        """What training step `step` sees."""
+        before, after = int(step * self.share), int((step + 1) * self.share)
+        return self.short.batch(before) if after > before else self.long.batch(step - before)

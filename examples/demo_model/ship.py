@@ -31,9 +31,6 @@ PROMPTS = (
     "A Dance Beat with bells, in minor, 125 bpm",
 )
 _GUIDANCE, _TOP_K = 3.0, 250
-# Statistics for training codebooks further; `embed_avg` alone is a second copy of them, 0.5 MB. transformers' loader
-# leaves them at their initial values, and neither library reads them to encode or decode.
-_TRAINING_ONLY = ("codebook.embed_avg", "codebook.cluster_size")
 
 
 @dataclass(frozen=True)
@@ -87,11 +84,11 @@ def write(model: Any, vocabulary: bytes, out: Path) -> int:
     """
     from transformers import EncodecFeatureExtractor
 
-    wanted = {name: tensor for name, tensor in model.state_dict().items() if not name.endswith(_TRAINING_ONLY)}
-    half = {name: tensor.half() for name, tensor in wanted.items()}
+    half = {name: tensor.half() for name, tensor in model.state_dict().items()}
     if lost := [name for name, tensor in half.items() if not tensor.isfinite().all()]:
         raise ValueError(f"not finite in float16: {', '.join(lost[:3])}")
     model.save_pretrained(out, state_dict=half)
+    (out / "model.safetensors").chmod(0o644)  # safetensors writes it for its owner only
     path = out / "config.json"
     config = json.loads(path.read_text(encoding="utf-8"))
     path.write_text(json.dumps(_cleaned(config) | {"segment_duration": SECONDS}, indent=2) + "\n", encoding="utf-8")

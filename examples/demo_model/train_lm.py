@@ -27,9 +27,11 @@ from musicgen_fast.conditioning.text import TextTokenizer
 from musicgen_fast.evaluation.likelihood import unigram_cross_entropy
 
 from .lm import DemoLM, Sizes, cosine, optimizer
-from .lm_data import Batch, Batches
+from .lm_data import Batch, Batches, Mixed
 from .text import train_vocabulary, training_captions, write_tokenizer
 from .tokens import TokenSet, read_tokens
+
+_START = 25  # frames, half a second
 
 
 @dataclass(frozen=True)
@@ -49,6 +51,9 @@ class Options:
     frames: int = 512  # in a crop, 10.24 s
     aligned: float = 0.5  # share of crops that begin where the song does, on a sixteenth; the others on any frame
     drop: float = 0.15  # share of captions that are dropped, for guidance
+    beginnings: str = ""  # a token set of short clips: the first second or two of many songs
+    start: int = 24  # frames of each; fewer means more captions a step
+    share: float = 0.5  # of the steps that take them
     weights: str = "1,1,1,1"  # of the codebooks in the loss
     lr: float = 4e-3  # held-out nats after 50 steps: 5.03 at 1.5e-3, 4.60 at 3e-3, 4.24 at 6e-3, 4.77 at 12e-3
     decay: float = 0.05
@@ -81,7 +86,7 @@ class Trainer:
         if len(weights) != sizes.books:
             raise ValueError(f"weights: {sizes.books} codebooks need as many, not {options.weights!r}")
         self.book_weights = weights / weights.sum()
-        self.step, self.elapsed = 0, 0.0
+        self.step, self.frames, self.elapsed = 0, 0, 0.0
 
     @property
     def progress(self) -> float:
@@ -109,6 +114,7 @@ class Trainer:
             for name, weight in self._weights(copied=False).items():
                 self.average[name].lerp_(weight, 1 - min(o.ema, (self.step + 1) / (self.step + 10)))
         self.step += 1
+        self.frames += batch[0].shape[0] * batch[0].shape[2]
         return {"loss": loss.detach(), "books": books.detach(), "norm": norm, "lr": rate}
 
     def _precision(self) -> AbstractContextManager[Any]:
@@ -133,7 +139,7 @@ class Trainer:
 
     def save(self, path: Path) -> None:
         """Everything that goes on."""
-        state = {name: getattr(self, name) for name in ("step", "elapsed", "average")}
+        state = {name: getattr(self, name) for name in ("step", "frames", "elapsed", "average")}
         state |= {"options": asdict(self.options), "model": self.model.state_dict()}
         _save({**state, "optimizer": self.optimizer.state_dict()}, path)
 
@@ -144,7 +150,7 @@ class Trainer:
                 raise ValueError(f"the saved run has {name} {then}, not {now}: resume it with --{name} {then}")
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
-        self.step, self.elapsed = state["step"], state["elapsed"]
+        self.step, self.frames, self.elapsed = (state[name] for name in ("step", "frames", "elapsed"))
         self.average = (state["average"] or self._weights()) if self.options.ema else None
 
     def export(self, path: Path) -> None:
@@ -160,7 +166,7 @@ def _save(content: dict[str, Any], path: Path) -> None:
     os.replace(part, path)
 
 
-def train(trainer: Trainer, data: Batches, held: Batches, out: Path) -> bool:
+def train(trainer: Trainer, data: Batches | Mixed, held: Batches, out: Path) -> bool:
     """Until the budget is used (then True, and lm.pt is written) or Ctrl-C (False), which lets a step end."""
     o, start = trainer.options, time.monotonic() - trainer.elapsed
     judged = saved = trainer.elapsed
@@ -198,13 +204,14 @@ def _rounded(value: Any) -> Any:
 
 
 def _note(trainer: Trainer, log: TextIO, entry: dict[str, Any]) -> None:
-    seen = trainer.step * trainer.options.batch * trainer.options.frames
-    log.write(json.dumps({"step": trainer.step, "seconds": round(trainer.elapsed, 1), "frames": seen, **entry}) + "\n")
+    passed = {"step": trainer.step, "seconds": round(trainer.elapsed, 1), "frames": trainer.frames}
+    log.write(json.dumps({**passed, **entry}) + "\n")
     log.flush()
 
 
-def _judge(trainer: Trainer, data: Batches, held: Batches, clips: int, log: TextIO) -> None:
-    """Nats with captions and without, beside those of the training set's token frequencies, of the same tokens."""
+def _judge(trainer: Trainer, data: Batches | Mixed, held: Batches, clips: int, log: TextIO) -> None:
+    """Nats with captions and without, beside those of the training set's token frequencies, of the same tokens; and
+    what the captions save on codebook 1 of the first half second, where the sound has not told everything yet."""
     trained_on = torch.from_numpy(np.array(data.data.tokens))
     unigram = unigram_cross_entropy(trained_on, held.first(clips, True)[0], data.data.codes)
     found = {"unigram": unigram} | {
@@ -212,6 +219,8 @@ def _judge(trainer: Trainer, data: Batches, held: Batches, clips: int, log: Text
     }
     report = {name: _rounded(value) for name, value in found.items()}
     report["saved"] = round(100 * (1 - float(found["captions"].mean() / unigram.mean())), 1)  # percent
+    blind, told = (trainer.judge(held.first(clips, captions, _START)) for captions in (False, True))
+    report["start"] = round(float(blind[0] - told[0]), 3)
     _note(trainer, log, {"held_out": report})
     print(f"{trainer.step:6d} {trainer.elapsed:7.0f} s  {json.dumps(report)}", flush=True)
 
@@ -240,6 +249,24 @@ def _arguments(argv: Sequence[str] | None) -> tuple[dict[str, Any], dict[str, An
     return run, given
 
 
+def _batches(options: Options, tokens: TokenSet, tokenizer: TextTokenizer) -> Batches:
+    o = options
+    return Batches(tokens, tokenizer, size=o.batch, frames=o.frames, seed=o.seed, aligned=o.aligned, drop=o.drop)
+
+
+def _with_beginnings(options: Options, long: Batches, tokenizer: TextTokenizer) -> Batches | Mixed:
+    """`long`, or that mixed with beginnings, about as many frames a step."""
+    o = options
+    if not o.beginnings:
+        return long
+    tokens = read_tokens(Path(o.beginnings))
+    if tokens.codes != long.data.codes:
+        raise ValueError(f"{o.beginnings} has codebooks of {tokens.codes}, not {long.data.codes}: of another codec")
+    size = max(1, o.batch * o.frames // o.start)
+    short = Batches(tokens, tokenizer, size=size, frames=o.start, seed=o.seed, aligned=1.0, drop=o.drop)
+    return Mixed(long, short, o.share)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """The command; 0 when lm.pt was written, 130 when it was interrupted."""
     run, given = _arguments(argv)
@@ -253,17 +280,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     else:
         given = {**state["options"], **({"minutes": 0.0} if "steps" in given else {}), **given}
     options, tokenizer = Options(**given), TextTokenizer.load(out)
-    data, held = (
-        Batches(
-            read_tokens(run[name]), tokenizer, size=options.batch, frames=options.frames, seed=options.seed,
-            aligned=options.aligned, drop=options.drop,
-        )
-        for name in ("tokens", "held")
-    )  # fmt: skip
+    data, held = (_batches(options, read_tokens(run[name]), tokenizer) for name in ("tokens", "held"))
     trainer = Trainer(options, options.sizes(data.data, tokenizer.vocab_size))
     if state is not None:
         trainer.restore(state)
-    if train(trainer, data, held, out):
+    mixed = _with_beginnings(options, data, tokenizer)
+    if train(trainer, mixed, held, out):
         print(f"written: {out / 'lm.pt'}")
         return 0
     print(f"interrupted at step {trainer.step}: go on with --resume")
