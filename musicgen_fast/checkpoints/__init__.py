@@ -2,6 +2,7 @@
 
     load_checkpoint("facebook/musicgen-small")   a hub repository, either layout
     load_checkpoint("path/to/folder")            transformers' layout (config.json) or audiocraft's (state_dict.bin)
+    load_checkpoint("demo")                      the small model that comes with this package
     load_checkpoint("random:small-stereo")       a released size with random weights, for benchmarks
 
 safetensors files are preferred; `.bin` files are read with torch's restricted unpickler only. Everything is checked by
@@ -38,7 +39,7 @@ def load_checkpoint(
 
     Args:
         name_or_path: a folder, a hub id, a short name ('small', 'medium', 'large', 'melody', 'style'), or
-            'random:SIZE' (`config.named_config`) for random weights.
+            'demo' for the model in this package, or 'random:SIZE' (`config.named_config`) for random weights.
         text_encoder: folder or hub id of the T5 to use instead of the checkpoint's own.
         dtype: of the language model's matrices; None keeps the stored one. Norms and projections stay float32.
         revision: branch, tag or commit of a hub repository.

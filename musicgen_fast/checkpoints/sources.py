@@ -1,4 +1,4 @@
-"""Where the files of a checkpoint lie: a local folder or a hub repository, behind one method, `find`.
+"""Where the files of a checkpoint lie: in this package, a local folder or a hub repository, behind one method, `find`.
 
 A hub file is downloaded only when it is asked for, so one layout of a repository never costs the other; all files come
 from one commit. Without a network (or with HF_HUB_OFFLINE=1) the local cache is the repository. Knows no layout.
@@ -14,7 +14,10 @@ from typing import Protocol
 from ..errors import CheckpointError
 from .files import TensorFiles, shard_names
 
-__all__ = ["Source", "open_source", "open_weights"]
+__all__ = ["EMBEDDED", "Source", "open_source", "open_weights"]
+
+# Models that come with the package, made by examples/demo_model. A folder of the same name is reached as "./demo".
+EMBEDDED = {"demo": Path(__file__).resolve().parent.parent / "assets" / "demo"}
 
 
 class Source(Protocol):
@@ -91,7 +94,8 @@ class HubRepo:
         return CheckpointError(
             f"{wanted} of {self.label} is not in the local cache, and the hub cannot be reached (no network, or "
             f"HF_HUB_OFFLINE is set; tried {', '.join(dict.fromkeys(self.tried))}). Give a local folder that holds the "
-            f"checkpoint, or fill the cache where there is a network: `hf download {self.repo}`"
+            f"checkpoint, or fill the cache where there is a network: `hf download {self.repo}`. The small model "
+            "'demo' comes with musicgen_fast and needs no network"
         )
 
 
@@ -111,12 +115,14 @@ def _first_line(error: Exception) -> str:
 def open_source(
     name: str | os.PathLike[str], *, revision: str | None = None, cache_dir: str | Path | None = None
 ) -> Source:
-    """A local folder if `name` is one, else a hub repository.
+    """The embedded model of that name, a local folder if `name` is one, else a hub repository.
 
     Raises:
         CheckpointError: a file, a URL, or a path that does not exist.
     """
     text = os.fspath(name)
+    if name in EMBEDDED:
+        return LocalFolder(EMBEDDED[text])
     path = Path(text).expanduser()
     if text and path.is_dir():
         return LocalFolder(path)
