@@ -18,7 +18,7 @@ BARE_PACKAGES := tts-webui-audiocraft==1.4.0a2 diffsynth==1.1.9
 PYTEST := OMP_NUM_THREADS=1 $(PY) -m pytest
 GPU_RESULTS = benchmarks/results/$(shell date +%Y%m%d-%H%M%S)-gpu.json
 
-.PHONY: help demo test test-all lint bench bench-gpu clean
+.PHONY: help demo test test-all test-transformers-4 lint bench bench-gpu clean
 
 help: ## this list
 	@sed -nE 's/^([a-z-]+):.*## (.*)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 18
@@ -31,6 +31,9 @@ test: $(READY) ## the quick tests: no GPU, no weights
 
 test-all: $(READY) ## every test that needs no GPU
 	$(PYTEST) -m "not gpu" -n $(JOBS) --dist loadfile --benchmark-disable --durations=15
+
+test-transformers-4: $(READY) .venv-transformers-4/.ready ## accelerate() with the 4.57 line of transformers
+	MUSICGEN_FAST_TRANSFORMERS_457=$(CURDIR)/.venv-transformers-4/bin/python $(PYTEST) tests/test_accelerate_versions.py
 
 lint: $(READY) ## ruff, mypy, clang-format
 	$(PY) -m ruff check .
@@ -48,7 +51,7 @@ bench-gpu: $(READY) ## everything that needs a GPU: golden tokens, a million row
 	$(PY) benchmarks/gpu_report.py --json $(GPU_RESULTS)
 
 clean: ## remove everything that make has made
-	rm -rf .venv build out *.egg-info .pytest_cache .mypy_cache .ruff_cache .benchmarks musicgen_fast/_C*.so musicgen_fast/_cuda.*
+	rm -rf .venv .venv-transformers-4 build out *.egg-info .pytest_cache .mypy_cache .ruff_cache .benchmarks musicgen_fast/_C*.so musicgen_fast/_cuda.*
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # torch goes first, so that nothing after it asks for another one. The build runs in this environment, not in an
@@ -67,4 +70,12 @@ clean: ## remove everything that make has made
 	$(PIP) $$pins --no-build-isolation -e '.[test]'; \
 	$(PIP) --no-deps $(BARE_PACKAGES)
 	@.venv/bin/python -c "from musicgen_fast import native; print('C++ extension:', native.why_not() or 'built')"
+	@touch $@
+
+# Another transformers beside everything else of .venv: a path file, and its own folder in front of it.
+.venv-transformers-4/.ready: $(READY)
+	@$(PY) -m venv --clear .venv-transformers-4
+	@$(PY) -c "import sysconfig; print(sysconfig.get_path('purelib'))" \
+	  > "$$(.venv-transformers-4/bin/python -c "import sysconfig; print(sysconfig.get_path('purelib'))")/zz_base.pth"
+	@.venv-transformers-4/bin/python -m pip install -qq --disable-pip-version-check transformers==4.57.1
 	@touch $@
