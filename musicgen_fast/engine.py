@@ -1,43 +1,40 @@
-"""The loop: windows, one prefill each, then step after step; tokens in, tokens out.
+"""The loop for one batch: windows one after the other, step after step; tokens in, tokens out.
 
-Knows no device, no text and no audio: it drives a decoder (prefill, step) over a `State`. One cache serves all windows
-of a generation; keys and values of the text are projected once, unless the conditions of a window are its own.
+Knows no device, no text and no audio: it drives a decoder (prefill, step) over the lanes of the batch. `generate` gives
+the whole, `Generation` frame by frame; `slot_engine.py` has the loop for requests that come and go. The order of
+reading: `state.py` (a lane), `slots.py` (its memory), `lanes.py`, `shadow.py`, `chain.py` (its windows).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Protocol
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from .config import ModelConfig
-from .pattern import UNKNOWN, build_pattern, columns_per_frame
-from .state import Conditions, Sampler, State
-from .windows import Window
+from . import saving
+from .chain import Chain, ConditionsOf
+from .crossfade import Change
+from .lanes import Decoder, Guidance
+from .slots import Slots
+from .state import Sampler
+from .windows import Window, WindowPlan
+
+__all__ = ["Change", "Decoder", "Generation", "Guidance", "Progress", "generate"]
 
 Progress = Callable[[int, int], None]
-
-
-class Decoder(Protocol):
-    """What the engine needs of `decoders/`."""
-
-    config: ModelConfig
-
-    def allocate(self, rows: int, capacity: int) -> Tensor: ...
-    def condition(self, state: State) -> None: ...
-    def prefill(self, state: State) -> None: ...
-    def step(self, state: State) -> None: ...
 
 
 def generate(
     decoder: Decoder,
     windows: list[Window],
     prompt: Tensor,
-    conditions_of: Callable[[Window], Conditions],
+    conditions_of: ConditionsOf,
     sampler: Sampler,
     progress: Progress | None = None,
+    *,
+    shadow: bool = False,
 ) -> Tensor:
     """Tokens of a whole generation.
 
@@ -46,39 +43,122 @@ def generate(
         prompt: int64 [B, K, P], P frames that are known already.
         conditions_of: the conditions of a window; the same object where they do not change.
         progress: called after every step with (steps done, steps of all windows). What it raises ends the generation.
+        shadow: see `Generation`. A prefill at once is cheaper where nobody waits for a single step.
 
     Returns:
         int64 [B, K, T], the prompt included.
     """
-    config = decoder.config
-    batch, num_codebooks, _ = prompt.shape
-    patterns = [build_pattern(config.pattern, num_codebooks, w.length) for w in windows]
-    steps = [p.num_steps - p.first_step(w.prompt) for p, w in zip(patterns, windows, strict=True)]
-    done, total = 0, sum(steps)
-    codes = torch.full((batch, num_codebooks, windows[-1].end), UNKNOWN, dtype=torch.int64, device=prompt.device)
-    codes[:, :, : prompt.shape[2]] = prompt
-    state: State | None = None
-    for window, pattern in zip(windows, patterns, strict=True):
-        state = _prepare(decoder, state, conditions_of(window), sampler, max(p.num_steps for p in patterns))
-        offset = window.start * columns_per_frame(config.pattern, num_codebooks)
-        state.start_window(pattern, codes[:, :, window.start : window.end], window.prompt, offset)
-        while not state.done:
-            run = decoder.step if state.lengths[0] else decoder.prefill
-            run(state)
-            done += 1
-            if progress is not None:
-                progress(done, total)
-        codes[:, :, window.start : window.end] = state.codes()
-    return codes
+
+    def window_at(index: int) -> Window | None:
+        return windows[index] if index < len(windows) else None
+
+    batch = len(prompt)
+    slots = Slots(decoder.config, batch, windows[0].length, prompt.device, lanes=1 + shadow)
+    chain = Chain(decoder, slots, range(batch), window_at, prompt, conditions_of, sampler, shadow=shadow)
+    while not chain.done:
+        _step(decoder, chain)
+        if progress is not None:
+            progress(chain.steps_done, chain.steps_total or 0)
+    return torch.cat([prompt, chain.take()], dim=2)
 
 
-def _prepare(decoder: Decoder, state: State | None, conditions: Conditions, sampler: Sampler, num_steps: int) -> State:
-    """The state for a window: the last one where it fits, with new conditions where they changed."""
-    capacity = max(conditions.prefix_lengths()) + num_steps - 1  # the last column is written, never read
-    fits = state is not None and state.capacity >= capacity and len(state.lengths) == conditions.num_rows
-    if state is not None and fits and state.conditions is conditions:
-        return state
-    kv = state.kv if state is not None and fits else decoder.allocate(conditions.num_rows, capacity)
-    state = State(decoder.config, kv, [0] * conditions.num_rows, conditions, sampler)
-    decoder.condition(state)
-    return state
+def _step(decoder: Decoder, chain: Chain) -> None:
+    lanes = chain.begin()
+    if lanes:
+        decoder.step(*lanes)
+    chain.end()
+
+
+class Generation:
+    """A batch in lockstep, frame by frame: an iterator of int64 [B, K, t] new frames per step, t >= 0.
+
+    The prompt is not among the frames; all codebooks of a frame are known when it is yielded, so the first frame of a
+    delay pattern comes after K steps. Memory does not grow with the duration. Attributes: `steps_done`; `steps_total`,
+    None where the plan has no end.
+    """
+
+    def __init__(
+        self,
+        decoder: Decoder,
+        plan: WindowPlan,
+        prompt: Tensor,
+        conditions_of: ConditionsOf,
+        sampler: Sampler,
+        *,
+        shadow: bool = True,
+        guidance: Sequence[Guidance | None] = (),
+        changes: Sequence[Change] = (),
+        saved: dict[str, Any] | None = None,
+    ):
+        """
+        Args:
+            plan: `total` None is endless; `prompt` must be P.
+            prompt: int64 [B, K, P].
+            conditions_of: the conditions of a window, called once for each; the same object where they do not change.
+            sampler: with seeds, or without (noise mode): then nothing else may draw from torch's global generator
+                between the steps, if the tokens are to be those of the references.
+            shadow: fill the next window's cache while the current one plays (see `shadow.py`), so that no step takes
+                much longer than the others; up to twice the rows and the cache. Where that cannot be (prefixes, strides
+                of about half a window or less, flattened patterns) the windows are prefilled at once.
+            guidance: per request None or a function frame -> (cfg_coef, temperature), asked before every step for the
+                newest frame of the column to be drawn. It cannot add a branch: with one branch cfg_coef has no effect.
+            changes: other conditions from a frame on, in order, with the same rows; cross-attention models only. The
+                cache stays; during a crossfade twice the rows run. A window that would be filled as a shadow while
+                the conditions change is prefilled instead.
+            saved: go on from a state that `save` of a generation with the same arguments returned.
+
+        Raises:
+            ValueError: sizes that do not fit each other, or a saved state of another generation.
+        """
+        if plan.prompt != prompt.shape[2]:
+            raise ValueError(f"the plan is for a prompt of {plan.prompt} frames, got {prompt.shape[2]}")
+        if guidance and len(guidance) != len(prompt):
+            raise ValueError(f"{len(guidance)} guidance functions were given for {len(prompt)} requests")
+        first = plan.at(0)
+        assert first is not None
+        self._decoder = decoder
+        slots = Slots(decoder.config, len(prompt), first.length, prompt.device, lanes=1 + shadow)
+        self._chain = Chain(
+            decoder, slots, range(len(prompt)), plan.at, prompt, conditions_of, sampler,
+            shadow=shadow, endless=plan.total is None, guidance=guidance, changes=changes,
+        )  # fmt: skip
+        if saved is not None:
+            saving.restore(self._chain, saved)
+
+    @property
+    def steps_done(self) -> int:
+        return self._chain.steps_done
+
+    @property
+    def steps_total(self) -> int | None:
+        return self._chain.steps_total
+
+    @property
+    def done(self) -> bool:
+        return self._chain.done
+
+    def __iter__(self) -> Generation:
+        return self
+
+    def __next__(self) -> Tensor:
+        if self._chain.done:
+            raise StopIteration
+        try:
+            _step(self._decoder, self._chain)
+        except BaseException:
+            self.close()  # the lanes may be half a step apart
+            raise
+        return self._chain.take()
+
+    def close(self) -> None:
+        """End the generation and let go of its memory; iterating stops."""
+        self._chain.close()
+
+    def save(self) -> dict[str, Any]:
+        """The state between two steps: tensors, numbers, lists and dicts, for `torch.save` and weights_only=True.
+
+        In noise mode the state of torch's global generator is part of it. Raises ValueError where nothing is left.
+        """
+        if self._chain.done:
+            raise ValueError("the generation has ended or was closed: there is nothing to go on from")
+        return saving.save(self._chain)

@@ -1,18 +1,21 @@
 """Every tensor that a decoding step touches: conditions, KV cache, cross-attention states, the sequence, its counters.
 
-A decoder allocates a `State` once and runs any number of windows in it. Knows nothing of how a step is computed, nor
-of text and audio. Shapes: R rows (branch-major: all requests of the first branch, then the next), B requests.
+A `State` is a lane: B requests in lockstep in one window. It runs any number of windows one after the other; a decoder
+steps several lanes at once. Knows nothing of how a step is computed, nor of text and audio. Shapes: R rows
+(branch-major: all requests of the first branch, then the next), B requests.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from .config import ModelConfig
 from .pattern import UNKNOWN, Pattern
+from .rng import rng_state, set_rng_state
 from .sampling import Draw, SamplingParams, draw, raise_on_failure
 from .sampling.noise import divides, multinomial_noise
 
@@ -62,8 +65,11 @@ class Conditions:
 class Place:
     """Where a column is written, on the device of the logits: what the sampler reads and writes besides parameters.
 
-    `sequence` int64 [B, K, S] and `frames` int32 [S, K] of the window; `column` int32 [B] the place in the window and
-    `step` int64 [B] the same counted over the whole generation; `status` int32 [B, K], 1 where a draw failed.
+    `sequence` int64 [B, K, S], `UNKNOWN` where a token is to be drawn; `frames` int32 [S, K] is all zeros: cells that
+    the pattern masks hold the special token from the start, so one table serves every pattern and length. `column`
+    int32 [B] is the place in the window (outside of [0, S): nothing is drawn), `step` int64 [B] the same counted over
+    the whole generation; `status` int32 [B, K] is 1 where a draw failed. `reserved`: states of the global generator
+    from which the next columns take their noise, see `Sampler.reserve`.
     """
 
     sequence: Tensor
@@ -71,6 +77,23 @@ class Place:
     column: Tensor
     step: Tensor
     status: Tensor
+    reserved: list[Tensor] = field(default_factory=list)
+
+    @staticmethod
+    def allocate(batch: int, num_codebooks: int, num_steps: int, device: torch.device | str) -> Place:
+        """Room for windows of up to S columns; no column is being drawn."""
+        return Place(
+            torch.zeros(batch, num_codebooks, num_steps, dtype=torch.int64, device=device),
+            torch.zeros(num_steps, num_codebooks, dtype=torch.int32, device=device),
+            torch.full((batch,), num_steps, dtype=torch.int32, device=device),
+            torch.zeros(batch, dtype=torch.int64, device=device),
+            torch.zeros(batch, num_codebooks, dtype=torch.int32, device=device),
+        )
+
+    def rows(self, first: int, last: int) -> Place:
+        """The requests [first, last), on the same memory."""
+        part = slice(first, last)
+        return Place(self.sequence[part], self.frames, self.column[part], self.step[part], self.status[part])
 
     def advance(self) -> None:
         self.column.add_(1)
@@ -100,8 +123,49 @@ class Sampler:
         if self.seeds is not None:
             inputs.seed, inputs.step, inputs.stream = self.seeds, place.step, self.stream
         elif not self.params.all_greedy:
-            inputs.noise, inputs.divide = multinomial_noise(logits, self.params), divides(logits.device)
+            inputs.noise, inputs.divide = self._noise(logits, place), divides(logits.device)
         draw(inputs, self.backend)
+
+    def _noise(self, logits: Tensor, place: Place) -> Tensor:
+        if not place.reserved:
+            return multinomial_noise(logits, self.params)
+        now = rng_state(logits.device)
+        set_rng_state(logits.device, place.reserved.pop(0))
+        noise = multinomial_noise(logits, self.params)
+        set_rng_state(logits.device, now)
+        return noise
+
+    def reserve(self, place: Place, columns: int, vocab: int) -> None:
+        """In noise mode, set the random numbers of the next columns aside: others may draw before these do."""
+        if self.seeds is not None or self.params.all_greedy:
+            return
+        cells, device = place.status.numel(), place.status.device
+        for _ in range(columns):
+            place.reserved.append(rng_state(device))
+            torch.empty(cells, vocab, device=device).exponential_(1)  # the numbers of `multinomial_noise`, thrown away
+
+    def set_guidance(self, request: int, cfg_coef: float, temperature: float) -> None:
+        """Other values for one request from the next draw on; a temperature <= 0 is greedy."""
+        new = SamplingParams.build(1, self.params.scale.shape[1], cfg_coef=cfg_coef, temperature=temperature)
+        for name in ("cfg_coef", "scale", "divisor"):  # in place: a captured graph reads these tensors
+            getattr(self.params, name)[request] = getattr(new, name)[0]
+        all_greedy = new.all_greedy and bool((self.params.scale < 0).all())
+        if all_greedy != self.params.all_greedy:
+            self.params = replace(self.params, all_greedy=all_greedy)
+
+
+class Source(Protocol):
+    """Where a lane that follows another one takes its tokens from; see `shadow.py`."""
+
+    first: int  # the column from which the lane draws tokens of its own
+
+    def copy(self, state: State) -> None: ...
+
+
+class Mixer(Protocol):
+    """Several lanes that draw together."""
+
+    def mixed(self, state: State, logits: Tensor) -> Tensor | None: ...
 
 
 @dataclass
@@ -113,8 +177,12 @@ class State:
         cross_kv: per layer keys and values [2, Rc, H, N, d/H] of the first Rc rows (the others attend to nothing).
         cross_mask: bool [Rc, 1, 1, N] where the texts differ in length, else None.
         absorbed: per layer two [Rc, H*N, d] in the place of the projections around `cross_kv`; empty: not worth it.
-        place: where the next column is written: sequence and counters on the device.
+        place: where the next column is written: sequence and counters on the device. Given, it is reused for every
+            window; else each window gets its own.
         column: `place.column` as the host knows it: the next step of the sequence to be written.
+        source: set while the columns before `source.first` are another lane's tokens: they are copied, not drawn.
+        blend: set while two lanes at one place are crossfaded: what to draw from, see `crossfade.py`.
+        rows: where `place` lies among the rows of `slots.Slots`, for decoders that run all of them.
     """
 
     config: ModelConfig
@@ -128,6 +196,13 @@ class State:
     pattern: Pattern | None = None
     place: Place | None = None
     column: int = 0
+    source: Source | None = None
+    rows: range = range(0)
+    blend: Mixer | None = None
+    own_place: bool = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.own_place = self.place is None
 
     @property
     def capacity(self) -> int:
@@ -139,7 +214,7 @@ class State:
 
     @property
     def sequence(self) -> Tensor:
-        """int64 [B, K, S], `UNKNOWN` where nothing is written yet."""
+        """int64 [B, K, S], `UNKNOWN` where nothing is written yet; S is that of the window or larger."""
         assert self.place is not None
         return self.place.sequence
 
@@ -149,35 +224,66 @@ class State:
         `step_offset`: columns of the whole generation before this window; it only feeds the noise.
         """
         batch, num_codebooks, _ = codes.shape
-        device = codes.device
-        self.pattern = pattern
-        self.column = pattern.first_step(prompt)
-        self.lengths = [0] * len(self.lengths)
-        self.place = Place(
-            pattern.build(codes, self.config.special_token).contiguous(),
-            torch.tensor(pattern.table, device=device),
-            torch.full((batch,), self.column, dtype=torch.int32, device=device),
-            torch.full((batch,), step_offset + self.column, dtype=torch.int64, device=device),
-            torch.zeros(batch, num_codebooks, dtype=torch.int32, device=device),
-        )
-        if (self.sequence[:, :, : self.column] == UNKNOWN).any():
+        sequence = pattern.build(codes, self.config.special_token)
+        column = pattern.first_step(prompt)
+        if (sequence[:, :, :column] == UNKNOWN).any():
             raise ValueError(
                 f"the {self.config.pattern.kind} pattern cannot continue a prompt of {prompt} frames: "
                 "cells before the prompt's end are not known"
             )
+        if self.own_place:
+            self.place = Place.allocate(batch, num_codebooks, pattern.num_steps, codes.device)
+        self.begin_at(pattern, sequence, column, step_offset)
 
-    def fed_tokens(self, first: int) -> Tensor:
-        """Tokens [B, K, n] of the columns from `first` up to the one being written."""
-        return self.sequence[:, :, first : self.column]
+    def begin_at(self, pattern: Pattern, sequence: Tensor, column: int, step_offset: int) -> None:
+        """Start from a sequence [B, K, S] whose cells before `column` are known; the cache counts as empty."""
+        place = self.place
+        assert place is not None
+        self.pattern, self.column = pattern, column
+        self.lengths = [0] * len(self.lengths)
+        place.sequence[:, :, : pattern.num_steps] = sequence
+        place.column.fill_(column)
+        place.step.fill_(step_offset + column)
+        place.status.zero_()
+        place.reserved.clear()
 
-    def write_column(self, logits: Tensor) -> None:
+    def fed_tokens(self, first: int, last: int | None = None) -> Tensor:
+        """Tokens [B, K, n] of the columns from `first` up to `last`, by default the one being written."""
+        return self.sequence[:, :, first : self.column if last is None else last]
+
+    @property
+    def follows(self) -> bool:
+        """The next column is copied from another lane; nothing is drawn."""
+        return self.source is not None and self.column < self.source.first
+
+    def draw(self, logits: Tensor) -> None:
         """Draw the column's tokens from logits [R, K, V]; write the cells that are unknown; advance."""
         assert self.place is not None
-        self.sampler(self.conditions.expand_logits(logits), self.place)
-        self.place.advance()
+        if self.source is None or not self.follows:
+            own = self.conditions.expand_logits(logits)
+            mixed = own if self.blend is None else self.blend.mixed(self, own)
+            if mixed is not None:
+                self.sampler(mixed, self.place)
+                self.place.advance()
+        self.drawn()
+
+    def drawn(self) -> None:
+        """Book a column that was drawn. Lanes that follow others come behind them: they copy from their column."""
+        if self.source is not None:
+            self.source.copy(self)
         self.column += 1
-        if self.done or self.column % STATUS_INTERVAL.get(logits.device.type, OTHER_STATUS_INTERVAL) == 0:
+
+    def check(self) -> None:
+        """ValueError where a draw failed. A look at a GPU waits for it, so not every column is looked at."""
+        assert self.place is not None
+        interval = STATUS_INTERVAL.get(self.place.status.device.type, OTHER_STATUS_INTERVAL)
+        if self.column % interval == 0 or self.done:
             raise_on_failure(self.place.status)
+
+    def write_column(self, logits: Tensor) -> None:
+        """`draw` and `check`."""
+        self.draw(logits)
+        self.check()
 
     def codes(self) -> Tensor:
         """int64 [B, K, T] of the finished window."""

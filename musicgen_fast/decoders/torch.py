@@ -6,10 +6,14 @@ are computed once per generation; null rows skip cross-attention, whose output f
 a table; the text's keys and values are folded into the projections around them where that is less to read; on a CPU
 the weights lie in one huge-page arena (see `arena.py`).
 
-Rows may differ in length (prefixes of different texts): a row's positions are its own, shorter rows are masked.
+Rows may differ in length (prefixes of different texts): a row's positions are its own, shorter rows are masked. Several
+lanes (`State`s) go through the weights as one batch; each attends to its own cache, at its own length.
 """
 
 from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -63,10 +67,13 @@ class TorchDecoder:
     # -- the two functions --------------------------------------------------------------------------------------------
 
     @torch.no_grad()
-    def prefill(self, state: State) -> None:
-        """Consume the prefix and every known column, then draw the first unknown one."""
+    def prefill(self, state: State, draw: bool = True) -> None:
+        """Consume the prefix and every known column, then draw the first unknown one.
+
+        Without `draw` the last known column is left to the next `step`, which draws: how a saved state is filled.
+        """
         conditions = state.conditions
-        x = embed_tokens(self.model.emb.weight, state.fed_tokens(0))
+        x = embed_tokens(self.model.emb.weight, state.fed_tokens(0, None if draw else state.column - 1))
         rows = self._with_prefix(x.repeat(len(conditions.branches), 1, 1), conditions)
         lengths = [len(r) for r in rows]
         x = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
@@ -75,33 +82,53 @@ class TorchDecoder:
         for index, layer in enumerate(self._layers()):
             x = self._prefill_layer(state, index, layer, x)
         state.lengths = lengths
-        last = x[torch.arange(len(rows), device=x.device), torch.tensor(lengths, device=x.device) - 1]
-        state.write_column(self.model.logits(last))
+        if draw:
+            last = x[torch.arange(len(rows), device=x.device), torch.tensor(lengths, device=x.device) - 1]
+            state.write_column(self.model.logits(last))
 
     @torch.no_grad()
-    def step(self, state: State) -> None:
-        """Consume the column written last and draw the next one."""
-        lengths = state.lengths
-        self._require(state, max(lengths) + 1)
-        x = embed_tokens(self.model.emb.weight, state.fed_tokens(state.column - 1))[:, 0]
-        x = x.repeat(len(state.conditions.branches), 1)
-        place: _Place
-        if min(lengths) == max(lengths):
-            x = x + self._position_rows(lengths[0] + 1, x.device)[lengths[0]]
-            place = _SamePlace(lengths[0])
-        else:
-            at = torch.tensor(lengths, device=x.device)
-            x = x + self._position_rows(max(lengths) + 1, x.device)[at]
-            place = _RowPlaces(at, max(lengths) + 1)
+    def step(self, *states: State) -> None:
+        """Consume the column that each lane wrote last and draw its next one, in the order of the lanes.
+
+        A failed draw raises after every lane has advanced.
+        """
+        lanes, logits = self._forward(states)
+        for lane in lanes:
+            lane.state.draw(logits if len(lanes) == 1 else logits[lane.rows])
+        for state in states:
+            state.check()
+
+    def _forward(self, states: Sequence[State]) -> tuple[list[_Lane], Tensor]:
+        """The step without its draw: logits [R, K, V] of the rows of all lanes."""
+        lanes, inputs, start = [], [], 0
+        for state in states:
+            x, place = self._step_input(state)
+            lanes.append(_Lane(state, place, slice(start, start + len(x))))
+            inputs.append(x)
+            start += len(x)
+        x = inputs[0] if len(inputs) == 1 else torch.cat(inputs)
+        groups = _text_groups(lanes)
         for index, layer in enumerate(self._layers()):
-            x = self._step_layer(state, index, layer, x, place)
-        state.lengths = [n + 1 for n in lengths]
-        state.write_column(self.model.logits(x))
+            x = self._step_layer(lanes, groups, index, layer, x)
+        for state in states:
+            state.lengths = [n + 1 for n in state.lengths]
+        return lanes, self.model.logits(x)
 
     # -- inside -------------------------------------------------------------------------------------------------------
 
     def _layers(self) -> list[Layer]:
         return list(self.model.layers)  # type: ignore[arg-type]
+
+    def _step_input(self, state: State) -> tuple[Tensor, _Place]:
+        """The last column's embeddings with their positions, [R, d], and where their keys and values go."""
+        lengths = state.lengths
+        self._require(state, max(lengths) + 1)
+        x = embed_tokens(self.model.emb.weight, state.fed_tokens(state.column - 1))[:, 0]
+        x = x.repeat(len(state.conditions.branches), 1)
+        if min(lengths) == max(lengths):
+            return x + self._position_rows(lengths[0] + 1, x.device)[lengths[0]], _SamePlace(lengths[0])
+        at = torch.tensor(lengths, device=x.device)
+        return x + self._position_rows(max(lengths) + 1, x.device)[at], _RowPlaces(at, max(lengths) + 1)
 
     def _with_prefix(self, x: Tensor, conditions: Conditions) -> list[Tensor]:
         """Rows [P_r + n, d] of different lengths."""
@@ -136,37 +163,47 @@ class TorchDecoder:
             x[:rows] += layer.cross_out(attended.transpose(1, 2).flatten(2)).to(x.dtype)
         return x + layer.ffn_out(F.gelu(layer.ffn_in(layer.norm2(x).to(dtype)))).to(x.dtype)
 
-    def _step_layer(self, state: State, index: int, layer: Layer, x: Tensor, place: _Place) -> Tensor:
+    def _step_layer(self, lanes: list[_Lane], groups: list[list[_Lane]], index: int, layer: Layer, x: Tensor) -> Tensor:
         """x [R, d] -> [R, d]. Written with as few dispatches as torch allows: each costs 2 to 5 us on a CPU."""
-        dtype, heads, d = self.model.dtype, self.config.num_heads, (self.config.dim,)
+        dtype, d = self.model.dtype, (self.config.dim,)
         h = F.layer_norm(x, d, layer.norm1.weight, layer.norm1.bias, EPS).to(dtype)
-        qkv = F.linear(h, layer.qkv.weight).view(len(x), 3, heads, -1)
-        cache = state.kv[index]
-        place.write(cache, qkv[:, 1:].transpose(0, 1))
-        keys, values, mask = place.read(cache)
-        a = F.scaled_dot_product_attention(qkv[:, 0, :, None], keys, values, attn_mask=mask)
-        x = x + F.linear(a.view(len(x), -1), layer.attn_out.weight)
-        if state.cross_kv:
-            rows, norm = state.cross_kv[index].shape[1], layer.norm_cross
-            h = F.layer_norm(x[:rows], d, norm.weight, norm.bias, EPS).to(dtype)
-            x[:rows] += self._attend_text(state, index, layer, h)
+        qkv = F.linear(h, layer.qkv.weight).view(len(x), 3, self.config.num_heads, -1)
+        if len(lanes) == 1:
+            a = lanes[0].attend(index, qkv)
+        else:
+            a = torch.cat([lane.attend(index, qkv[lane.rows]) for lane in lanes])
+        x = x + F.linear(a, layer.attn_out.weight)
+        for group in groups:
+            self._add_text(group, index, layer, x)
         h = F.layer_norm(x, d, layer.norm2.weight, layer.norm2.bias, EPS).to(dtype)
         return x + F.linear(F.gelu(F.linear(h, layer.ffn_in.weight)), layer.ffn_out.weight)
 
-    def _attend_text(self, state: State, index: int, layer: Layer, h: Tensor) -> Tensor:
-        """Cross-attention of one step: normed h [Rc, d] -> [Rc, d]."""
-        heads, rows = self.config.num_heads, len(h)
-        if state.absorbed:
-            to_scores, to_output = state.absorbed[index]
-            scores = torch.bmm(to_scores, h[:, :, None]).view(rows, heads, -1)
-            if state.cross_mask is not None:
-                scores = scores.masked_fill(~state.cross_mask[:, 0], -torch.inf)
-            weights = scores.softmax(-1).view(rows, 1, -1)
-            return torch.bmm(weights, to_output)[:, 0]
-        keys, values = state.cross_kv[index].unbind()
-        q = F.linear(h, layer.cross_q.weight).view(rows, heads, 1, -1)
-        a = F.scaled_dot_product_attention(q, keys, values, attn_mask=state.cross_mask)
-        return F.linear(a.view(rows, -1), layer.cross_out.weight)
+    def _add_text(self, lanes: list[_Lane], index: int, layer: Layer, x: Tensor) -> None:
+        """Cross-attention of lanes that share the projections around it, added to x [R, d] in place."""
+        parts = [x[lane.text_rows] for lane in lanes]
+        h, norm = parts[0] if len(parts) == 1 else torch.cat(parts), layer.norm_cross
+        h = F.layer_norm(h, (self.config.dim,), norm.weight, norm.bias, EPS).to(self.model.dtype)
+        if lanes[0].state.absorbed:
+            parts[0] += self._attend_absorbed(lanes[0].state, index, h)
+            return
+        q = F.linear(h, layer.cross_q.weight).view(len(h), self.config.num_heads, 1, -1)
+        if len(parts) == 1:
+            parts[0] += F.linear(lanes[0].attend_text(index, q), layer.cross_out.weight)
+            return
+        sizes = [len(part) for part in parts]
+        a = torch.cat([lane.attend_text(index, rows) for lane, rows in zip(lanes, q.split(sizes), strict=True)])
+        for part, out in zip(parts, F.linear(a, layer.cross_out.weight).split(sizes), strict=True):
+            part += out
+
+    @staticmethod
+    def _attend_absorbed(state: State, index: int, h: Tensor) -> Tensor:
+        """Cross-attention with the folded projections: normed h [Rc, d] -> [Rc, d]."""
+        rows, (to_scores, to_output) = len(h), state.absorbed[index]
+        scores = torch.bmm(to_scores, h[:, :, None]).view(rows, state.config.num_heads, -1)
+        if state.cross_mask is not None:
+            scores = scores.masked_fill(~state.cross_mask[:, 0], -torch.inf)
+        weights = scores.softmax(-1).view(rows, 1, -1)
+        return torch.bmm(weights, to_output)[:, 0]
 
 
 def _absorb(layer: Layer, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
@@ -181,6 +218,41 @@ def _absorb(layer: Layer, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]
     to_scores = torch.einsum("rhne,hed->rhnd", keys, query) * head_dim**-0.5
     to_output = torch.einsum("rhne,dhe->rhnd", values, output)
     return to_scores.flatten(1, 2).contiguous(), to_output.flatten(1, 2).contiguous()
+
+
+def _text_groups(lanes: list[_Lane]) -> list[list[_Lane]]:
+    """Lanes whose texts go through the projections together: one batch reads them once; folded ones are their own."""
+    texts = [lane for lane in lanes if lane.state.cross_kv]
+    shared = [lane for lane in texts if not lane.state.absorbed]
+    return [[lane] for lane in texts if lane.state.absorbed] + ([shared] if shared else [])
+
+
+@dataclass(slots=True)
+class _Lane:
+    """A state within the batch of a step: which rows of x [R, d] are its own."""
+
+    state: State
+    place: _Place
+    rows: slice
+
+    @property
+    def text_rows(self) -> slice:
+        """The rows that attend to a text: those of the first branches."""
+        return slice(self.rows.start, self.rows.start + self.state.cross_kv[0].shape[1])
+
+    def attend(self, index: int, qkv: Tensor) -> Tensor:
+        """Self-attention of the lane's rows: qkv [R, 3, H, d/H] -> [R, d]."""
+        cache = self.state.kv[index]
+        self.place.write(cache, qkv[:, 1:].transpose(0, 1))
+        keys, values, mask = self.place.read(cache)
+        a = F.scaled_dot_product_attention(qkv[:, 0, :, None], keys, values, attn_mask=mask)
+        return a.view(len(qkv), -1)
+
+    def attend_text(self, index: int, q: Tensor) -> Tensor:
+        """Cross-attention of queries [Rc, H, 1, d/H] -> [Rc, d], not projected yet."""
+        keys, values = self.state.cross_kv[index].unbind()
+        a = F.scaled_dot_product_attention(q, keys, values, attn_mask=self.state.cross_mask)
+        return a.view(len(q), -1)
 
 
 class _Place:

@@ -1,0 +1,108 @@
+"""The fixed memory that requests come and go in: tensors of N slots, and caches that are used again.
+
+Everything a sampler or a fixed-shape decoder must know of a request lies in tensors whose address and shape never
+change: sequence, column, step, parameters, seed. A free slot has its column outside of the sequence, so a launch over
+all slots does nothing there. Knows nothing of windows or of how a step is computed.
+
+Each slot has up to two lanes: the window that plays, and the next one while its cache is filled (`shadow.py`). Row
+`lane * N + slot` of the tensors is theirs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from .config import ModelConfig
+from .pattern import build_pattern
+from .sampling import SamplingParams
+from .state import Place, Sampler, State
+
+_PARAMETERS = ("cfg_coef", "cfg_coef_beta", "scale", "divisor", "top_k", "top_p", "min_p")
+
+
+class Slots:
+    """N slots for windows of up to `num_frames` frames.
+
+    Attributes:
+        place: sequence [lanes * N, K, S] and counters of all lanes. seeds: int64 [lanes * N]. params: of all lanes.
+    """
+
+    def __init__(
+        self, config: ModelConfig, count: int, num_frames: int, device: torch.device | str = "cpu", lanes: int = 1
+    ):
+        if count < 1:
+            raise ValueError(f"at least one slot is needed, got {count}")
+        rows, num_codebooks = count * lanes, config.num_codebooks
+        self.count = count
+        self.num_frames = num_frames
+        self.num_steps = build_pattern(config.pattern, num_codebooks, num_frames).num_steps
+        self.place = Place.allocate(rows, num_codebooks, self.num_steps, device)
+        self.params = SamplingParams.build(rows, num_codebooks, device)
+        self.seeds = torch.zeros(rows, dtype=torch.int64, device=device)
+        self._free = [True] * count
+        self._caches: list[Tensor] = []
+
+    @property
+    def free(self) -> int:
+        """How many slots are free; a batch needs them side by side."""
+        return sum(self._free)
+
+    def take(self, batch: int) -> range | None:
+        """`batch` free slots side by side, or None."""
+        for first in range(self.count - batch + 1):
+            if all(self._free[first : first + batch]):
+                self._free[first : first + batch] = [False] * batch
+                return range(first, first + batch)
+        return None
+
+    def release(self, slots: range) -> None:
+        """Give slots back whose rows are silent."""
+        self._free[slots.start : slots.stop] = [True] * len(slots)
+
+    def rows(self, slots: range, lane: int) -> range:
+        """The rows of the tensors that belong to a lane of these slots."""
+        return range(lane * self.count + slots.start, lane * self.count + slots.stop)
+
+    def silence(self, rows: range) -> None:
+        """Nothing is drawn in these rows any more."""
+        self.place.column[rows.start : rows.stop] = self.num_steps
+
+    def sampler(self, rows: range, given: Sampler) -> Sampler:
+        """The given sampler, its parameters and seeds copied into the slots' tensors."""
+        part = slice(rows.start, rows.stop)
+        views = {name: getattr(self.params, name)[part] for name in _PARAMETERS}
+        for name, view in views.items():
+            view.copy_(getattr(given.params, name))
+        seeds = None
+        if given.seeds is not None:
+            seeds = self.seeds[part]
+            seeds.copy_(given.seeds)
+        return Sampler(replace(given.params, **views), seeds, given.backend)
+
+    def launch_params(self, states: Iterable[State]) -> SamplingParams:
+        """The parameters of all rows, for one draw over all of them: with the filters that any of these lanes uses."""
+        used = [state.sampler.params for state in states]
+        return replace(
+            self.params,
+            any_top_k=any(p.any_top_k for p in used),
+            any_top_p=any(p.any_top_p for p in used),
+            any_min_p=any(p.any_min_p for p in used),
+            any_sorted=any(p.any_sorted for p in used),
+            all_greedy=all(p.all_greedy for p in used),
+        )
+
+    def reuse_cache(self, rows: int, capacity: int) -> Tensor | None:
+        """A cache that was given back, large enough for these rows and positions."""
+        for index, cache in enumerate(self._caches):
+            if cache.shape[2] == rows and cache.shape[4] >= capacity:
+                return self._caches.pop(index)
+        return None
+
+    def keep_cache(self, cache: Tensor) -> None:
+        """Keep a cache for the next lane; at most as many as there are lanes."""
+        self._caches.append(cache)
+        del self._caches[: -len(self.seeds)]
