@@ -1,4 +1,4 @@
-"""What MusicGen and AudioGen share: generation parameters, windows, prompts, progress, tokens to audio.
+"""What MusicGen and AudioGen share: ways of generating, windows, prompts, streams, tokens to audio.
 
 The public methods have audiocraft's names, arguments and defaults (`BaseGenModel`), with `seed=` added. Encoding of the
 conditions and the drawing of tokens happen in `lm.py`; audio files in `audio.py`.
@@ -6,104 +6,27 @@ conditions and the drawing of tokens happen in `lm.py`; audio files in `audio.py
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from .audio import convert_audio
-from .codec import EnCodec, InterleaveStereo
+from .checks import Negative, checked_audio, checked_negatives, checked_texts
 from .conditioning import ConditioningAttributes
 from .config import GenerationParams
-from .lm import LMModel, request_seeds
+from .lm import Seed, request_seeds
+from .sections import Section, Sections, checked_sections
+from .settings import Settings
 from .state import Conditions
+from .stream import Stream
+from .streaming import Options, Schedule, open_stream, resume_stream
 from .windows import Window, plan_windows
 
-Seed = int | Sequence[int] | None
-ProgressCallback = Callable[[int, int], None]
 
-
-class GenerationModel:
-    """A language model over codec tokens and the codec that turns them into sound.
-
-    Attributes (audiocraft's): `name`, `lm`, `compression_model`, `cfg`, `max_duration`, `duration`, `extend_stride`,
-    `generation_params` (a dict), `device`; properties `frame_rate`, `sample_rate`, `audio_channels`.
-    """
-
-    def __init__(
-        self, name: str, compression_model: EnCodec | InterleaveStereo, lm: LMModel, max_duration: float | None = None
-    ):
-        self.name = name
-        self.compression_model = compression_model
-        self.lm = lm
-        self.cfg = lm.cfg
-        self.max_duration = float(lm.config.max_duration if max_duration is None else max_duration)
-        if not self.max_duration > 0:
-            raise ValueError(f"max_duration must be above 0 seconds, got {self.max_duration}")
-        self._progress_callback: ProgressCallback | None = None
-        self._apply(self._defaults())
-
-    # -- what a script reads and sets ---------------------------------------------------------------------------------
-
-    def _defaults(self) -> GenerationParams:
-        return GenerationParams(duration=15.0)
-
-    @property
-    def frame_rate(self) -> float:
-        """Frames (columns of tokens) per second of audio."""
-        return self.compression_model.frame_rate
-
-    @property
-    def sample_rate(self) -> int:
-        return self.compression_model.sample_rate
-
-    @property
-    def audio_channels(self) -> int:
-        return self.compression_model.channels
-
-    @property
-    def device(self) -> torch.device:
-        return self.lm.device
-
-    @property
-    def compat(self) -> str:
-        """'isolated' (each request as if alone) or 'audiocraft' (its batch padding); see `conditioning`."""
-        return self.lm.compat
-
-    @compat.setter
-    def compat(self, value: str) -> None:
-        self.lm.compat = value
-
-    def set_custom_progress_callback(self, progress_callback: ProgressCallback | None = None) -> None:
-        """`progress_callback(steps done, steps in all)` takes the place of the bar of `progress=True`."""
-        self._progress_callback = progress_callback
-
-    def _apply(self, params: GenerationParams) -> None:
-        stride = params.stride(self.max_duration)
-        self.duration = params.duration
-        self.extend_stride = stride
-        self.generation_params: dict[str, Any] = {
-            "use_sampling": params.use_sampling,
-            "temp": params.temperature,
-            "top_k": params.top_k,
-            "top_p": params.top_p,
-            "cfg_coef": params.cfg_coef,
-            "two_step_cfg": params.two_step_cfg,
-            "cfg_coef_beta": params.cfg_coef_beta,
-        }
-
-    def params(self) -> GenerationParams:
-        """The parameters of the next generation, read from the attributes that scripts set, and checked."""
-        given = dict(self.generation_params)
-        known = {"use_sampling", "temp", "top_k", "top_p", "cfg_coef", "two_step_cfg", "cfg_coef_beta"}
-        if set(given) - known:
-            raise ValueError(f"unknown generation_params {sorted(set(given) - known)}: expected {sorted(known)}")
-        temperature = given.pop("temp", 1.0)
-        return GenerationParams(
-            temperature=temperature, duration=self.duration, extend_stride=self.extend_stride, **given
-        )
+class GenerationModel(Settings):
+    """audiocraft's `BaseGenModel`; what can be read and set on it stands in `Settings`."""
 
     # -- ways of generating -------------------------------------------------------------------------------------------
 
@@ -114,6 +37,7 @@ class GenerationModel:
         return_tokens: bool = False,
         *,
         seed: Seed = None,
+        negative_prompt: Negative = None,
     ) -> Any:
         """Music for each description.
 
@@ -124,6 +48,7 @@ class GenerationModel:
             seed: None draws from torch's global generator (audiocraft's tokens for the same `torch.manual_seed`). An
                 int s gives request b the seed s + b, a list one to each: then a request's tokens depend on the
                 weights, its parameters and its seed alone.
+            negative_prompt: what guidance leads away from: a text for all requests, or one (or None) for each.
 
         Returns:
             wav [B, channels, samples] float32 on the model's device (not clipped), or (wav, tokens int64 [B, K, T]).
@@ -132,6 +57,7 @@ class GenerationModel:
             TypeError, ValueError: descriptions that are not a list of texts, parameters that cannot be used.
         """
         attributes, prompt = self._prepare_tokens_and_attributes(descriptions, None)
+        self._set_negatives(attributes, negative_prompt)
         return self._finish(self._generate_tokens(attributes, prompt, progress, seed), return_tokens)
 
     def generate_unconditional(
@@ -153,6 +79,7 @@ class GenerationModel:
         return_tokens: bool = False,
         *,
         seed: Seed = None,
+        negative_prompt: Negative = None,
     ) -> Any:
         """Continue recordings. The duration includes them; they come back as the codec hears them.
 
@@ -160,23 +87,67 @@ class GenerationModel:
             prompt: [B, C, n] or [C, n] waveform, any rate and channels.
             prompt_sample_rate: its rate in Hz.
             descriptions: one per recording, or None.
+            seed, negative_prompt: see `generate`.
 
         Raises:
             ValueError: NaN, no samples, a wrong shape, or a prompt that leaves nothing to generate.
         """
-        prompt = checked_audio(prompt, "prompt", prompt_sample_rate)
-        prompt = prompt[None] if prompt.dim() == 2 else prompt
-        if prompt.dim() != 3:
-            raise ValueError(f"prompt must be a waveform [B, C, n] or [C, n], got {list(prompt.shape)}")
-        if prompt.shape[2] / prompt_sample_rate >= self.duration:
-            raise ValueError(
-                f"the prompt ({prompt.shape[2] / prompt_sample_rate:.2f} s) is as long as the audio to generate "
-                f"({self.duration} s, prompt included): set a longer duration or cut the prompt"
-            )
+        prompt = self._prompt_audio(prompt, prompt_sample_rate, self.duration)
         descriptions = [None] * len(prompt) if descriptions is None else descriptions
-        prompt = convert_audio(prompt.float(), prompt_sample_rate, self.sample_rate, self.audio_channels)
         attributes, tokens = self._prepare_tokens_and_attributes(descriptions, prompt)
+        self._set_negatives(attributes, negative_prompt)
         return self._finish(self._generate_tokens(attributes, tokens, progress, seed), return_tokens)
+
+    def stream(
+        self,
+        descriptions: Sequence[str | None] | None = None,
+        *,
+        duration: float | None = None,
+        chunk_seconds: float = 1.0,
+        seed: Seed = None,
+        negative_prompt: Negative = None,
+        prompt: Tensor | None = None,
+        prompt_sample_rate: int | None = None,
+        cfg_coef: Schedule | None = None,
+        temperature: Schedule | None = None,
+        fade_out: float = 0.0,
+        sections: Sections | None = None,
+        crossfade: float = 0.5,
+    ) -> Stream:
+        """Music while it is made: an iterator of `Chunk(audio, tokens, start_seconds)`; see `Stream`.
+
+        The other parameters are those of `set_generation_params`, and the tokens those of `generate`.
+
+        Args:
+            descriptions: B texts; None: one request without a text, or as many as there are prompts.
+            duration: seconds, a prompt included; None: without end, in constant memory.
+            chunk_seconds: of the largest chunks. The first one comes after eight steps, each is twice the last.
+            seed, negative_prompt: see `generate`.
+            prompt, prompt_sample_rate: recordings to continue, see `generate_continuation`; they come first.
+            cfg_coef, temperature: functions of the seconds from the start, asked at every step.
+            fade_out: seconds of a linear fade at the end.
+            sections: [(seconds, description), ...] in the place of descriptions; `Section` also sets guidance and
+                temperature. The first starts at 0. Models with cross-attention only (not melody, not style).
+            crossfade: seconds over which a section takes over from the one before.
+
+        Raises:
+            TypeError, ValueError: what cannot be used, before anything is generated.
+        """
+        told, parts = self._stream_texts(descriptions, prompt, sections, duration, crossfade)
+        attributes, tokens = self._stream_inputs(told, duration, prompt, prompt_sample_rate, negative_prompt)
+        options = Options(duration, chunk_seconds, fade_out, cfg_coef, temperature, parts, crossfade)
+        return self._open_stream(attributes, tokens, seed, options)
+
+    def resume(
+        self, saved: dict[str, Any], *, cfg_coef: Schedule | None = None, temperature: Schedule | None = None
+    ) -> Stream:
+        """Go on where `Stream.save` was called, with the same weights: the tokens are those of the stream that never
+        stopped. Functions cannot be saved: pass the same again.
+
+        Raises:
+            ValueError: not a saved stream, or one of another model.
+        """
+        return resume_stream(self, saved, cfg_coef, temperature)
 
     @torch.no_grad()
     def generate_audio(self, gen_tokens: Tensor) -> Tensor:
@@ -184,6 +155,69 @@ class GenerationModel:
         return self.compression_model.decode(gen_tokens, None)
 
     # -- inside (the names that forks of audiocraft use) --------------------------------------------------------------
+
+    def _prompt_audio(self, prompt: Tensor, sample_rate: int, duration: float | None) -> Tensor:
+        """A recording to continue as [B, C, n] at the model's rate; ValueError where nothing is left to generate."""
+        prompt = checked_audio(prompt, "prompt", sample_rate)
+        prompt = prompt[None] if prompt.dim() == 2 else prompt
+        if prompt.dim() != 3:
+            raise ValueError(f"prompt must be a waveform [B, C, n] or [C, n], got {list(prompt.shape)}")
+        seconds = prompt.shape[2] / sample_rate
+        if duration is not None and seconds >= duration:
+            raise ValueError(
+                f"the prompt ({seconds:.2f} s) is as long as the audio to generate ({duration} s, prompt included): "
+                "set a longer duration or cut the prompt"
+            )
+        return convert_audio(prompt.float(), sample_rate, self.sample_rate, self.audio_channels)
+
+    def _set_negatives(self, attributes: list[ConditioningAttributes], negative: Negative) -> None:
+        texts = [request.text.get("description") for request in attributes]
+        for request, text in zip(attributes, checked_negatives(negative, texts), strict=True):
+            request.negative = text
+        if negative is not None and self.params().cfg_coef == 1 and self.params().cfg_coef_beta is None:
+            raise ValueError("a negative prompt needs guidance: set a cfg_coef other than 1")
+
+    def _stream_texts(
+        self,
+        descriptions: Sequence[str | None] | None,
+        prompt: Tensor | None,
+        sections: Sections | None,
+        duration: float | None,
+        crossfade: float,
+    ) -> tuple[Sequence[str | None], tuple[Section, ...]]:
+        """A text for each request, and the sections if there are any: the texts are then those of the first."""
+        count = len(prompt) if isinstance(prompt, Tensor) and prompt.dim() == 3 else 1
+        if sections is None:
+            return [None] * count if descriptions is None else descriptions, ()
+        if descriptions is not None:
+            raise ValueError("give descriptions or sections, not both: each section has its own description")
+        if self.lm.config.conditioning != "cross":
+            raise ValueError(f"{self.name} takes its text as a prefix: sections need a model with cross-attention")
+        parts = checked_sections(sections, duration, crossfade)
+        return [parts[0].description] * count, tuple(parts)
+
+    def _stream_inputs(
+        self,
+        descriptions: Sequence[str | None],
+        duration: float | None,
+        prompt: Tensor | None,
+        prompt_sample_rate: int | None,
+        negative: Negative,
+    ) -> tuple[list[ConditioningAttributes], Tensor | None]:
+        if (prompt is None) != (prompt_sample_rate is None):
+            raise ValueError("prompt and prompt_sample_rate belong together: give both or neither")
+        if prompt is not None and prompt_sample_rate is not None:
+            prompt = self._prompt_audio(prompt, prompt_sample_rate, duration)
+        attributes, tokens = self._prepare_tokens_and_attributes(descriptions, prompt)
+        self._set_negatives(attributes, negative)
+        return attributes, tokens
+
+    def _open_stream(
+        self, attributes: list[ConditioningAttributes], tokens: Tensor | None, seed: Seed, options: Options
+    ) -> Stream:
+        batch = len(attributes)
+        prompt = self.lm._checked_prompt(tokens, batch)
+        return open_stream(self, attributes, prompt, self.params(), request_seeds(seed, batch), options)
 
     @torch.no_grad()
     def _prepare_tokens_and_attributes(
@@ -232,49 +266,3 @@ class GenerationModel:
     def _finish(self, tokens: Tensor, return_tokens: bool) -> Any:
         wav = self.generate_audio(tokens)
         return (wav, tokens) if return_tokens else wav
-
-    @contextmanager
-    def _progress(self, wanted: bool) -> Iterator[ProgressCallback | None]:
-        if not wanted or self._progress_callback is not None:
-            yield self._progress_callback if wanted else None
-            return
-        from tqdm import tqdm
-
-        with tqdm(unit="step", dynamic_ncols=True) as bar:
-
-            def report(done: int, total: int) -> None:
-                bar.total = total
-                bar.update(done - bar.n)
-
-            yield report
-
-
-def checked_texts(descriptions: Sequence[str | None]) -> list[str | None]:
-    """The descriptions as a list. A single string is refused: audiocraft would take each character for a request."""
-    if isinstance(descriptions, str):
-        raise TypeError(f"descriptions must be a list of texts, got a str: write [{descriptions[:40]!r}]")
-    try:
-        texts = list(descriptions)
-    except TypeError:
-        raise TypeError(f"descriptions must be a list of texts, got {type(descriptions).__name__}") from None
-    if not texts:
-        raise ValueError("descriptions is empty: nothing to generate")
-    for text in texts:
-        if text is not None and not isinstance(text, str):
-            raise TypeError(f"descriptions must hold texts or None, got {type(text).__name__}")
-    return texts
-
-
-def checked_audio(wav: Tensor, name: str, sample_rate: int) -> Tensor:
-    """A waveform tensor that can be used: floating point, not empty, finite, at a positive rate."""
-    if not isinstance(wav, Tensor):
-        raise TypeError(f"{name} must be a torch tensor, got {type(wav).__name__}")
-    if not wav.is_floating_point():
-        raise ValueError(f"{name} must hold floats in -1..1, got {wav.dtype}; divide integer PCM by its full scale")
-    if wav.numel() == 0:
-        raise ValueError(f"{name} holds no samples (shape {list(wav.shape)})")
-    if not torch.isfinite(wav).all():
-        raise ValueError(f"{name} holds NaN or infinite samples")
-    if not sample_rate > 0:
-        raise ValueError(f"the sample rate of {name} must be above 0 Hz, got {sample_rate}")
-    return wav

@@ -20,7 +20,9 @@ from .decoders.torch import TorchDecoder
 from .model import Transformer
 from .sampling import SamplingParams, signed_seed
 from .state import Conditions, Sampler
-from .windows import Window, plan_windows
+from .windows import Window, WindowPlan, plan_windows
+
+Seed = int | Sequence[int] | None  # none, one for the whole batch, or one for each request
 
 
 class LMModel:
@@ -173,6 +175,33 @@ class LMModel:
         sampler = self.sampler(params, len(prompt), seeds)
         return engine.generate(self.decoder, windows, prompt, conditions_of, sampler, callback)
 
+    def stream(
+        self,
+        plan: WindowPlan,
+        prompt: Tensor,
+        conditions_of: Callable[[Window], Conditions],
+        params: GenerationParams,
+        seeds: list[int] | None,
+        *,
+        shadow: bool = True,
+        guidance: Sequence[engine.Guidance | None] = (),
+        changes: Sequence[engine.Change] = (),
+        saved: dict[str, Any] | None = None,
+    ) -> engine.Generation:
+        """The same tokens as `run`, step by step and over any plan, endless ones included; see `engine.Generation`."""
+        sampler = self.sampler(params, len(prompt), seeds)
+        return engine.Generation(
+            self.decoder,
+            plan,
+            prompt,
+            conditions_of,
+            sampler,
+            shadow=shadow,
+            guidance=guidance,
+            changes=changes,
+            saved=saved,
+        )
+
     def sampler(self, params: GenerationParams, batch: int, seeds: list[int] | None) -> Sampler:
         """audiocraft's precedence: greedy without sampling or at temperature <= 0; top_p switches top_k off."""
         greedy = not params.use_sampling or params.temperature <= 0
@@ -224,7 +253,7 @@ class LMModel:
         return prompt.to(self.device, torch.int64)
 
 
-def request_seeds(seed: int | Sequence[int] | None, batch: int) -> list[int] | None:
+def request_seeds(seed: Seed, batch: int) -> list[int] | None:
     """One signed 64-bit seed per request: an int s gives request b the seed s + b; a list has one for each."""
     if seed is None:
         return None

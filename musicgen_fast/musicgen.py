@@ -17,11 +17,16 @@ import torch
 from torch import Tensor
 
 from .audio import convert_audio
+from .checks import Negative, checked_audio, checked_texts
 from .conditioning import ConditioningAttributes, WavCondition
 from .config import GenerationParams
-from .genmodel import GenerationModel, Seed, checked_audio, checked_texts
+from .genmodel import GenerationModel
+from .lm import Seed
 from .loading import load_parts
+from .sections import Sections
 from .state import Conditions
+from .stream import Stream
+from .streaming import Options, Schedule
 from .windows import Window
 
 Melody = Tensor | Sequence[Tensor | None]
@@ -45,7 +50,8 @@ class MusicGen(GenerationModel):
 
         Args:
             name: a hub id, a short name (small, medium, large, melody, style), a local folder in transformers' or
-                audiocraft's layout, or "random:small[-stereo][-melody]" for random weights of a released size.
+                audiocraft's layout, "demo" for the small chip-tune model that comes with this package (no network; see
+                assets/demo/README.md), or "random:small[-stereo][-melody]" for random weights of a released size.
             device: 'cpu', 'cuda' or 'cuda:N'; default: 'cuda' where there is a GPU, else 'cpu'.
             text_encoder: folder or hub id of the T5, for audiocraft folders that come without one.
             style_encoder: folder or hub id of MERT for style models; default: a folder mert/ beside, else the hub's.
@@ -127,6 +133,7 @@ class MusicGen(GenerationModel):
         *,
         separate: bool = True,
         seed: Seed = None,
+        negative_prompt: Negative = None,
     ) -> Any:
         """Music that follows a melody (melody models) or a style excerpt (style models).
 
@@ -137,27 +144,59 @@ class MusicGen(GenerationModel):
             separate: melody models follow the vocals and other instruments that demucs separates; False follows the mix
                 and needs no demucs. No effect on style models.
             seed: see `generate`; also fixes the style excerpt and the shift of demucs.
+            negative_prompt: see `generate`.
 
         Raises:
             RuntimeError: the model takes text only.
             ImportError: demucs is needed and missing.
         """
-        if self.lm.config.melody is None and self.lm.config.style is None:
-            raise RuntimeError(
-                f"{self.name} takes no melody or style audio: use a melody or style model, "
-                "or generate_continuation to start from audio"
-            )
         texts = checked_texts(descriptions)
         melodies = self._checked_melodies(melody_wavs, melody_sample_rate, len(texts))
         attributes, prompt = self._prepare_tokens_and_attributes(texts, None, melodies)
         for request in attributes:
             request.separate = separate
+        self._set_negatives(attributes, negative_prompt)
         return self._finish(self._generate_tokens(attributes, prompt, progress, seed), return_tokens)
+
+    def stream(
+        self,
+        descriptions: Sequence[str | None] | None = None,
+        *,
+        duration: float | None = None,
+        chunk_seconds: float = 1.0,
+        seed: Seed = None,
+        negative_prompt: Negative = None,
+        prompt: Tensor | None = None,
+        prompt_sample_rate: int | None = None,
+        cfg_coef: Schedule | None = None,
+        temperature: Schedule | None = None,
+        fade_out: float = 0.0,
+        sections: Sections | None = None,
+        crossfade: float = 0.5,
+        melody_wavs: Melody | None = None,
+        melody_sample_rate: int | None = None,
+        separate: bool = True,
+    ) -> Stream:
+        """Music while it is made: `GenerationModel.stream`, with a melody or style as in `generate_with_chroma`."""
+        told, parts = self._stream_texts(descriptions, prompt, sections, duration, crossfade)
+        attributes, tokens = self._stream_inputs(told, duration, prompt, prompt_sample_rate, negative_prompt)
+        if (melody_wavs is None) != (melody_sample_rate is None):
+            raise ValueError("melody_wavs and melody_sample_rate belong together: give both or neither")
+        if melody_wavs is not None and melody_sample_rate is not None:
+            melodies = self._checked_melodies(melody_wavs, melody_sample_rate, len(attributes))
+            self._set_melodies(attributes, melodies, separate)
+        options = Options(duration, chunk_seconds, fade_out, cfg_coef, temperature, parts, crossfade)
+        return self._open_stream(attributes, tokens, seed, options)
 
     # -- inside -------------------------------------------------------------------------------------------------------
 
     def _checked_melodies(self, melody_wavs: Melody, sample_rate: int, count: int) -> list[Tensor | None]:
         """One waveform [C, n] at the model's rate and channels per request."""
+        if self.lm.config.melody is None and self.lm.config.style is None:
+            raise RuntimeError(
+                f"{self.name} takes no melody or style audio: use a melody or style model, "
+                "or generate_continuation to start from audio"
+            )
         if isinstance(melody_wavs, Tensor):
             melody_wavs = melody_wavs[None] if melody_wavs.dim() == 2 else melody_wavs
             if melody_wavs.dim() != 3:
@@ -184,10 +223,16 @@ class MusicGen(GenerationModel):
         melody_wavs: Sequence[Tensor | None] | None = None,
     ) -> tuple[list[ConditioningAttributes], Tensor | None]:
         attributes, tokens = super()._prepare_tokens_and_attributes(descriptions, prompt)
-        for request, melody in zip(attributes, melody_wavs or [], strict=False):
+        self._set_melodies(attributes, melody_wavs or [None] * len(attributes))
+        return attributes, tokens
+
+    def _set_melodies(
+        self, attributes: list[ConditioningAttributes], melodies: Sequence[Tensor | None], separate: bool = True
+    ) -> None:
+        for request, melody in zip(attributes, melodies, strict=True):
+            request.separate = separate
             if melody is not None:
                 request.wav["self_wav"] = self._wav_condition(melody)
-        return attributes, tokens
 
     def _wav_condition(self, melody: Tensor) -> WavCondition:
         length = torch.tensor([melody.shape[-1]])
