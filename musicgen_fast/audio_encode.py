@@ -23,7 +23,7 @@ import numpy as np
 import soundfile
 import torch
 
-__all__ = ["BLOCK_FRAMES", "FORMATS", "TAGS", "check_format", "clean_tags", "encode", "replacing"]
+__all__ = ["BLOCK_FRAMES", "FORMATS", "TAGS", "WAV_LIMIT", "check_format", "clean_tags", "encode", "replacing"]
 
 BLOCK_FRAMES = 65536
 MPEG_RATES = (8000, 11025, 12000, 16000, 22050, 24000, 32000, 44100, 48000)
@@ -38,7 +38,7 @@ TAGS = {  # name in soundfile -> frame of ID3v2.4
     "comment": "COMM",
     "software": "TSSE",
 }
-_WAV_LIMIT = 2**32 - 2**16  # bytes: a RIFF size has 32 bits; the rest is room for header and tags
+WAV_LIMIT = 2**32 - 2**16  # bytes: a RIFF size has 32 bits; the rest is room for header and tags
 
 _log = logging.getLogger("musicgen_fast.audio")
 
@@ -199,7 +199,7 @@ def encode(
     channels, frames = wav.shape
     limits = FORMATS[format]
     container = limits.container
-    if format == "wav" and 2 * channels * frames > _WAV_LIMIT:
+    if format == "wav" and 2 * channels * frames > WAV_LIMIT:
         container = "RF64"
     quality: _Quality = {}
     if format == "mp3":

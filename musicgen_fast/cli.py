@@ -22,6 +22,7 @@ examples:
   musicgen-fast generate "lofi beat with warm piano"
   musicgen-fast generate "80s synth pop" "slow blues" --duration 20 --seed 7 -n 3 -f mp3
   musicgen-fast generate - -o album < prompts.txt
+  musicgen-fast generate "ambient pads" --endless -o - | aplay -f S16_LE -r 32000 -c 1
   musicgen-fast generate "add drums" --continue song.ogg --continue-seconds 5 --duration 20
   musicgen-fast generate "string quartet" -m facebook/musicgen-melody --melody tune.wav
 """
@@ -117,7 +118,7 @@ def build_parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.Argument
         allow_abbrev=False,
     )
     info.set_defaults(run=_run_info, command="info")
-    info.add_argument("model", metavar="MODEL", help="hub id, short name, folder or random:SIZE")
+    info.add_argument("model", metavar="MODEL", help="hub id, short name, folder, demo or random:SIZE")
     info.add_argument("--json", action="store_true", help="print JSON")
     _place_options(info)
     info.add_argument("-v", "--verbose", action="store_true", help="tracebacks of errors")
@@ -125,8 +126,12 @@ def build_parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.Argument
 
 
 def _run_generate(args: argparse.Namespace) -> int:
-    from .cli_generate import run
+    from .cli_plan import streams
 
+    if streams(args):
+        from .cli_stream import run
+    else:
+        from .cli_generate import run
     return run(args)
 
 
@@ -145,6 +150,14 @@ def _prompt_options(parser: argparse.ArgumentParser) -> None:
         "--prompt", "--text", "--description", action="append", default=[], dest="more_prompts", metavar="TEXT",
         help="a description, as an option; may be given several times",
     )  # fmt: skip
+    group.add_argument("--negative-prompt", metavar="TEXT", help="what guidance leads away from, for all prompts")
+    group.add_argument(
+        "--sections", metavar="FILE",
+        help="a prompt for every part: lines such as '0:20 drums enter'; writes the file while it is made",
+    )  # fmt: skip
+    group.add_argument(
+        "--crossfade", type=float, metavar="S", help="seconds over which a section takes over (default: 0.5)"
+    )
     group.add_argument("--unconditional", type=_count, metavar="N", help="N pieces without a description")
     group.add_argument(
         "-n", "--variations", "--num-variations", type=_count, default=1, metavar="N",
@@ -160,8 +173,8 @@ def _model_options(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("model")
     group.add_argument(
         "-m", "--model", default="facebook/musicgen-small", metavar="NAME",
-        help="hub id, short name (small, medium, large, melody, style), folder, or random:SIZE for random weights "
-        "(default: %(default)s)",
+        help="hub id, short name (small, medium, large, melody, style), folder, demo (small, comes with this package, "
+        "needs no network), or random:SIZE for random weights (default: %(default)s)",
     )  # fmt: skip
     group.add_argument(
         "-d", "--device", metavar="DEVICE", help="cpu, cuda, cuda:1, ... (default: a GPU if there is one)"
@@ -248,10 +261,20 @@ def _audio_options(parser: argparse.ArgumentParser) -> None:
 
 def _output_options(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("output")
-    group.add_argument("-o", "--output-dir", default="out", metavar="DIR", help="made if need be (default: out)")
+    group.add_argument(
+        "-o", "--output-dir", default="out", metavar="DIR",
+        help="made if need be; - writes raw 16-bit samples to standard output while they are made (default: out)",
+    )  # fmt: skip
+    group.add_argument(
+        "--stream", action="store_true", help="write the file while it is made; it can be played at once"
+    )
+    group.add_argument("--endless", action="store_true", help="--stream without an end; Ctrl-C stops it")
+    group.add_argument(
+        "--fade-out", type=float, default=0.0, metavar="S", help="with --stream: fade the last S seconds (default: 0)"
+    )
     group.add_argument("-f", "--format", choices=FORMATS, default="wav", help="of the files (default: wav)")
     group.add_argument(
-        "--loudness", choices=("loudness", "peak", "rms", "clip", "none"), default="loudness",
+        "--loudness", choices=("loudness", "peak", "rms", "clip", "none"),
         help="level of the files. loudness: -14 LUFS, peaks bent softly; peak: the highest sample at -1 dBFS; rms: the "
         "mean at -18 dBFS; clip: as made, cut at -1 dBFS; none: as made, cut at 0 dBFS (default: loudness)",
     )  # fmt: skip

@@ -75,7 +75,7 @@ def make(model: MusicGen, job: Job, batch: list[Request], reporter: Reporter) ->
     given = job.recording.seconds if job.recording and job.recording.use == "continuation" else 0.0
     made = len(batch) * (wavs.shape[-1] / model.sample_rate - given)  # seconds of new sound
     for request, wav in zip(batch, wavs, strict=True):
-        facts = _facts(model, job, request)
+        facts = facts_of(model, job, request)
         facts |= {"batch": len(batch), "seconds_taken": taken}
         facts |= {"real_time_factor": taken / made, "times_real_time": made / taken}
         path = job.output.write(wav, model.sample_rate, job.name_values(request), facts)
@@ -87,22 +87,25 @@ def _generate(model: MusicGen, job: Job, batch: list[Request], reporter: Reporte
     """wav [B, C, n] of a batch."""
     texts, seeds = [r.prompt for r in batch], [r.seed for r in batch]
     model.set_custom_progress_callback(reporter.step)
-    progress, recording = reporter.wanted, job.recording
+    progress, recording, negative = reporter.wanted, job.recording, job.args.negative_prompt
     wav: Tensor
     if recording is None:
-        wav = model.generate(texts, progress=progress, seed=seeds)
+        wav = model.generate(texts, progress=progress, seed=seeds, negative_prompt=negative)
     elif recording.use == "continuation":
         prompt = recording.wav.expand(len(batch), -1, -1)
-        wav = model.generate_continuation(prompt, recording.sample_rate, texts, progress=progress, seed=seeds)
+        wav = model.generate_continuation(
+            prompt, recording.sample_rate, texts, progress=progress, seed=seeds, negative_prompt=negative
+        )
     else:
         melodies = [recording.wav] * len(batch)
         wav = model.generate_with_chroma(
-            texts, melodies, recording.sample_rate, progress, separate=not job.args.no_separate, seed=seeds
-        )
+            texts, melodies, recording.sample_rate, progress, separate=not job.args.no_separate, seed=seeds,
+            negative_prompt=negative,
+        )  # fmt: skip
     return wav
 
 
-def _facts(model: MusicGen, job: Job, request: Request) -> dict[str, Any]:
+def facts_of(model: MusicGen, job: Job, request: Request) -> dict[str, Any]:
     """What the sidecar says about how a piece was made; times are added by `make`."""
     recording: dict[str, Any] | None = None
     if source := job.recording:
@@ -121,6 +124,7 @@ def _facts(model: MusicGen, job: Job, request: Request) -> dict[str, Any]:
         "parameters": asdict(model.params()),
         "window": model.max_duration,
         "recording": recording,
+        "negative_prompt": job.args.negative_prompt,
         "compat": model.compat,
         "device": str(job.device),
         "precision": job.precision,
@@ -155,8 +159,8 @@ class Reporter:
         self.before = self.bar.n
 
     def step(self, done: int, total: int) -> None:
-        """Steps of the batch that runs; every batch has the same number of them."""
-        self.bar.total = total * self.batches
+        """Steps of the batch that runs; every batch has the same number of them, 0 if there is no end."""
+        self.bar.total = total * self.batches or None  # 0: nobody knows
         self.bar.update(self.before + done - self.bar.n)
 
     def line(self, text: str) -> None:

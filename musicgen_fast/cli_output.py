@@ -119,6 +119,10 @@ class OutputFolder:
             raise ValueError(f"{stem} lies outside of {self.path}: a folder in it is a link")
         return stem
 
+    def claim(self, values: Mapping[str, Any]) -> Path:
+        """A path without a suffix that no file has, for a file that is written elsewhere."""
+        return self._free(self.name(values))
+
     def _free(self, stem: Path) -> Path:
         """`stem`, or the first of stem_2, stem_3, ... that is not taken."""
         number, candidate = 1, stem
@@ -147,7 +151,7 @@ class OutputFolder:
         from .audio import audio_write
 
         wav = set_level(wav.detach().float().cpu(), sample_rate, self.loudness)
-        stem = self._free(self.name(values))
+        stem = self.claim(values)
         sidecar = {
             "file": f"{stem.name}.{self.format}",
             **facts,

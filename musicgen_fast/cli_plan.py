@@ -22,8 +22,9 @@ from .checkpoints import SHORT_NAMES
 from .cli_output import OutputFolder
 from .config import GenerationParams
 from .loading import pick_device, pick_precision
+from .sections import Section, checked_sections, read_sections
 
-__all__ = ["Job", "Recording", "Request", "check", "say"]
+__all__ = ["Job", "Recording", "Request", "check", "crossfade_of", "say", "streams"]
 
 _BATCH_ON_GPU = 8
 
@@ -66,6 +67,12 @@ class Job:
     requests: list[Request]
     recording: Recording | None
     output: OutputFolder
+    sections: list[Section] | None = None
+
+    @property
+    def piped(self) -> bool:
+        """Raw samples go to standard output."""
+        return _piped(self.args)
 
     def batches(self) -> list[list[Request]]:
         return [self.requests[i : i + self.batch_size] for i in range(0, len(self.requests), self.batch_size)]
@@ -85,7 +92,9 @@ def check(args: argparse.Namespace) -> Job:
         ValueError, OSError: a recording, the device or the output folder cannot be used.
     """
     params = _params(args)
-    prompts = _prompts(args)
+    sections = _sections(args)
+    prompts = _prompts(args, sections)
+    _check_streaming(args, len(prompts) * args.variations)
     seed = secrets.randbelow(2**32) if args.seed is None else args.seed
     if seed + len(prompts) * args.variations > 2**63:
         raise argparse.ArgumentError(None, f"--seed {seed} leaves no seeds for all pieces; take a smaller one")
@@ -104,16 +113,54 @@ def check(args: argparse.Namespace) -> Job:
             for variation in range(args.variations)
         ],
         recording=_recording(args),
+        sections=sections,
         output=OutputFolder(
-            Path(args.output_dir), args.filename, args.format, args.loudness, args.overwrite, not args.no_sidecar
+            Path(args.output_dir),
+            args.filename,
+            args.format,
+            args.loudness or "loudness",
+            args.overwrite,
+            not args.no_sidecar,
         ),
     )
     for request in job.requests:
         job.output.name(job.name_values(request))
-    job.output.prepare()
+    if not job.piped:
+        job.output.prepare()
     if args.seed is None:
         say(args, f"seed {seed} was drawn; --seed {seed} makes the same music again")
     return job
+
+
+def streams(args: argparse.Namespace) -> bool:
+    """Whether the sound is written while it is made."""
+    return args.stream or args.endless or args.sections is not None or _piped(args)
+
+
+def _piped(args: argparse.Namespace) -> bool:
+    return args.output_dir == "-"
+
+
+def _check_streaming(args: argparse.Namespace, pieces: int) -> None:
+    def refuse(message: str) -> None:
+        raise argparse.ArgumentError(None, message)
+
+    if not streams(args):
+        if args.fade_out:
+            refuse("--fade-out needs --stream")
+        return
+    if not 0 <= args.fade_out < math.inf:
+        refuse(f"--fade-out must be 0 seconds or more, got {args.fade_out:g}")
+    if args.format != "wav":
+        refuse(f"--stream writes wav, not {args.format}: other formats cannot be played while they grow")
+    if args.loudness in ("loudness", "peak", "rms"):
+        refuse(f"--loudness {args.loudness} needs the whole piece; with --stream the samples are written as made")
+    if args.endless and pieces > 1:
+        refuse(f"--endless makes one piece, {pieces} were asked for")
+    if args.endless and args.fade_out:
+        refuse("--fade-out needs an end: not with --endless")
+    if args.fade_out > args.duration:
+        refuse(f"--fade-out {args.fade_out:g} is longer than --duration {args.duration:g}")
 
 
 def _params(args: argparse.Namespace) -> GenerationParams:
@@ -135,8 +182,26 @@ def _params(args: argparse.Namespace) -> GenerationParams:
         raise argparse.ArgumentError(None, str(error)) from error
 
 
-def _prompts(args: argparse.Namespace) -> list[str | None]:
+def _sections(args: argparse.Namespace) -> list[Section] | None:
+    if args.sections is None:
+        if args.crossfade is not None:
+            raise argparse.ArgumentError(None, "--crossfade needs --sections FILE")
+        return None
+    sections = read_sections(args.sections)
+    return checked_sections(sections, None if args.endless else args.duration, crossfade_of(args))
+
+
+def crossfade_of(args: argparse.Namespace) -> float:
+    """Seconds; the default of `MusicGen.stream` if nothing was said."""
+    return 0.5 if args.crossfade is None else float(args.crossfade)
+
+
+def _prompts(args: argparse.Namespace, sections: list[Section] | None) -> list[str | None]:
     """All prompts in order, `-` replaced by the lines of standard input; None for pieces without one."""
+    if sections is not None:
+        if args.prompts or args.more_prompts or args.unconditional or args.melody:
+            raise argparse.ArgumentError(None, "--sections holds the prompts: no others, and no --melody")
+        return [sections[0].description]
     given: list[str | None] = []
     for text in args.prompts + args.more_prompts:
         given += _lines(args) if text == "-" else [text]

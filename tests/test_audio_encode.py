@@ -216,9 +216,9 @@ def test_sidecar(tmp_path):
 
 def test_large_wav_becomes_rf64(tmp_path, monkeypatch):
     wav = noise(2, 0.5)
-    monkeypatch.setattr(audio_encode, "_WAV_LIMIT", 4 * wav.shape[1] - 1)
+    monkeypatch.setattr(audio_encode, "WAV_LIMIT", 4 * wav.shape[1] - 1)
     path = audio_write(tmp_path / "a", wav, RATE, strategy="none", metadata={"title": "t"})
     assert path.name == "a.wav" and path.read_bytes()[:4] == b"RF64"
     assert (audio_read(path)[0] - wav).abs().max() <= 0.5 / 32768 + 1e-7
-    monkeypatch.setattr(audio_encode, "_WAV_LIMIT", 4 * wav.shape[1])
+    monkeypatch.setattr(audio_encode, "WAV_LIMIT", 4 * wav.shape[1])
     assert audio_write(tmp_path / "a", wav, RATE).read_bytes()[:4] == b"RIFF"
