@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from .audiogen import AudioGen
     from .config import GenerationParams
     from .errors import CheckpointError
+    from .live import accelerate, unaccelerate
     from .musicgen import MusicGen
     from .sampling import filtered_probs, sample
 
@@ -27,10 +28,12 @@ __all__ = [
     "CheckpointError",
     "GenerationParams",
     "MusicGen",
+    "accelerate",
     "audio_read",
     "audio_write",
     "filtered_probs",
     "sample",
+    "unaccelerate",
 ]
 
 _HOME = {
@@ -38,10 +41,12 @@ _HOME = {
     "CheckpointError": "errors",
     "GenerationParams": "config",
     "MusicGen": "musicgen",
+    "accelerate": "live",
     "audio_read": "audio",
     "audio_write": "audio",
     "filtered_probs": "sampling",
     "sample": "sampling",
+    "unaccelerate": "live",
 }
 
 
