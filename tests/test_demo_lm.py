@@ -175,7 +175,7 @@ def test_a_resumed_run_is_the_uninterrupted_one_to_the_bit(made, tmp_path, monke
     assert [line["step"] for line in logs[1]] == [1, 2, 3, 4, 5, 6, 6]
     assert logs[0][-1]["held_out"] == logs[1][-1]["held_out"]
     assert set(logs[0][-1]["held_out"]) == {"unigram", "captions", "none", "saved", "start"}
-    assert logs[0][-1]["frames"] == 3 * 4 * 40 + 3 * 13 * 12, "as many frames of beginnings a step, about"
+    assert logs[0][-1]["frames"] == 3 * 4 * 40 + 3 * 10 * 12, "a beginning counts for 16 frames"
     assert len(logs[0][-1]["held_out"]["captions"]) == 4
 
 

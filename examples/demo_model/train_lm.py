@@ -32,6 +32,7 @@ from .text import train_vocabulary, training_captions, write_tokenizer
 from .tokens import TokenSet, read_tokens
 
 _START = 25  # frames, half a second
+_FEWEST = 16  # frames that a beginning counts for when they are put together: there are captions to encode, too
 
 
 @dataclass(frozen=True)
@@ -52,7 +53,7 @@ class Options:
     aligned: float = 0.5  # share of crops that begin where the song does, on a sixteenth; the others on any frame
     drop: float = 0.15  # share of captions that are dropped, for guidance
     beginnings: str = ""  # a token set of short clips: the first second or two of many songs
-    start: int = 24  # frames of each; fewer means more captions a step
+    start: int = 8  # frames of each: after more the sound has told what the caption says
     share: float = 0.5  # of the steps that take them
     weights: str = "1,1,1,1"  # of the codebooks in the loss
     lr: float = 4e-3  # held-out nats after 50 steps: 5.03 at 1.5e-3, 4.60 at 3e-3, 4.24 at 6e-3, 4.77 at 12e-3
@@ -255,14 +256,14 @@ def _batches(options: Options, tokens: TokenSet, tokenizer: TextTokenizer) -> Ba
 
 
 def _with_beginnings(options: Options, long: Batches, tokenizer: TextTokenizer) -> Batches | Mixed:
-    """`long`, or that mixed with beginnings, about as many frames a step."""
+    """`long`, or that mixed with beginnings, up to as many frames a step."""
     o = options
     if not o.beginnings:
         return long
     tokens = read_tokens(Path(o.beginnings))
     if tokens.codes != long.data.codes:
         raise ValueError(f"{o.beginnings} has codebooks of {tokens.codes}, not {long.data.codes}: of another codec")
-    size = max(1, o.batch * o.frames // o.start)
+    size = max(1, o.batch * o.frames // max(o.start, _FEWEST))
     short = Batches(tokens, tokenizer, size=size, frames=o.start, seed=o.seed, aligned=1.0, drop=o.drop)
     return Mixed(long, short, o.share)
 
