@@ -64,7 +64,7 @@ def codec_figures_table(model: MusicGen, clips: int, frames: int = 100) -> dict[
         figures = {row: asdict(codec_figures(list(wav), list(other), rate)) for row, other in rows.items()}
         found[name] = {**figures, "perplexity": codebook_perplexity(codes, codec.cardinality).tolist()}
     together = codebook_perplexity(torch.cat(pooled), codec.cardinality).tolist()
-    return {"clips": clips, "frames": frames, **found, "perplexity of both": together}
+    return {"clips": clips, "frames": frames, "codes": codec.cardinality, **found, "perplexity of both": together}
 
 
 def codec_markdown(found: dict[str, Any]) -> str:

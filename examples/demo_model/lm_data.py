@@ -88,14 +88,15 @@ class Mixed:
     """Long crops, and now and then a batch of beginnings: there the caption has something to say.
 
     A caption holds some 6 nats, and after half a second the sound itself has told them all: who trains on long crops
-    alone learns to read the past and to ignore the text.
+    alone learns to read the past and to ignore the text. Of several widths, since brightness is heard in the first
+    frame, and the tempo in the first beat.
 
     Args:
-        short: beginnings of songs, as wide as its clips are long.
+        short: beginnings of songs, of one width each; they take turns.
         share: of the steps that take them, 0..1.
     """
 
-    def __init__(self, long: Batches, short: Batches, share: float) -> None:
+    def __init__(self, long: Batches, short: Sequence[Batches], share: float) -> None:
         if not 0 <= share <= 1:
             raise ValueError(f"the share of beginnings must be from 0 to 1, not {share}")
         self.data, self.long, self.short, self.share = long.data, long, short, share
@@ -103,4 +104,6 @@ class Mixed:
     def batch(self, step: int) -> Batch:
         """What training step `step` sees."""
         before, after = int(step * self.share), int((step + 1) * self.share)
-        return self.short.batch(before) if after > before else self.long.batch(step - before)
+        if after == before:
+            return self.long.batch(step - before)
+        return self.short[before % len(self.short)].batch(before // len(self.short))

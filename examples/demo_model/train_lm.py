@@ -53,7 +53,7 @@ class Options:
     aligned: float = 0.5  # share of crops that begin where the song does, on a sixteenth; the others on any frame
     drop: float = 0.15  # share of captions that are dropped, for guidance
     beginnings: str = ""  # a token set of short clips: the first second or two of many songs
-    start: int = 8  # frames of each: after more the sound has told what the caption says
+    start: str = "8,32,72"  # frames of them, in turn
     share: float = 0.5  # of the steps that take them
     weights: str = "1,1,1,1"  # of the codebooks in the loss
     lr: float = 4e-3  # held-out nats after 50 steps: 5.03 at 1.5e-3, 4.60 at 3e-3, 4.24 at 6e-3, 4.77 at 12e-3
@@ -263,8 +263,10 @@ def _with_beginnings(options: Options, long: Batches, tokenizer: TextTokenizer) 
     tokens = read_tokens(Path(o.beginnings))
     if tokens.codes != long.data.codes:
         raise ValueError(f"{o.beginnings} has codebooks of {tokens.codes}, not {long.data.codes}: of another codec")
-    size = max(1, o.batch * o.frames // max(o.start, _FEWEST))
-    short = Batches(tokens, tokenizer, size=size, frames=o.start, seed=o.seed, aligned=1.0, drop=o.drop)
+    short = []
+    for frames in map(int, o.start.split(",")):
+        size = max(1, o.batch * o.frames // max(frames, _FEWEST))
+        short.append(Batches(tokens, tokenizer, size=size, frames=frames, seed=o.seed, aligned=1.0, drop=o.drop))
     return Mixed(long, short, o.share)
 
 
