@@ -152,7 +152,7 @@ with_extension = os.environ.get("MUSICGEN_FAST_NO_EXT", "0") in ("", "0")
 setup(
     packages=[*find_packages(include=["musicgen_fast", "musicgen_fast.*"]), "musicgen_fast.kernels"],
     package_dir={"musicgen_fast.kernels": "kernels"},
-    package_data={"musicgen_fast": ["py.typed", "assets/*"]},
+    package_data={"musicgen_fast": ["py.typed", "assets/demo/*"]},
     ext_modules=[native] * with_extension + [cuda] * with_cuda,
     cmdclass={"build_ext": BuildExt},
     options={"bdist_wheel": {"py_limited_api": "cp312"}} if STABLE_ABI and with_extension else {},

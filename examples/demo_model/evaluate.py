@@ -152,7 +152,7 @@ def generated_clips(model: MusicGen, prompts: Sequence[str], seed: int) -> list[
 
 
 def adherence(model: MusicGen, prompts: int, seconds: float, top_k: int, fit_clips: int) -> dict[str, Any]:
-    """Scores at cfg 1 and 3 of `seconds`, the ceiling, and of the last part of clips three windows long."""
+    """Scores at cfg 1, 2 and 3 of `seconds`, the ceiling, and of the last part of clips three windows long."""
     frames = round(seconds * model.frame_rate)
     fitted, true = random_labels(fit_clips, 1), random_labels(prompts, 2)
     analyser = Analyser.fitted(true_clips(model, fitted, FIT_SEED, frames), _rows(fitted), model.sample_rate)
@@ -166,7 +166,7 @@ def adherence(model: MusicGen, prompts: int, seconds: float, top_k: int, fit_cli
     def judge(name: str, clips: Sequence[Tensor], labels: Sequence[Labels]) -> None:
         columns[name] = score(analyser.labels(measure(clips, model.sample_rate)), _rows(labels))
 
-    for cfg in (1.0, 3.0):
+    for cfg in (1.0, 2.0, 3.0):
         model.set_generation_params(duration=seconds, top_k=top_k, cfg_coef=cfg)
         judge(f"cfg {cfg:g}", generated_clips(model, texts, 11), wanted)
     window = model.max_duration
