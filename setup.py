@@ -134,8 +134,8 @@ def cuda_code() -> list[str]:
 
 native = Extension(
     "musicgen_fast._C",
-    sources=["csrc/bindings.cpp", "csrc/nanobind.cpp", *map(str, sorted(Path("csrc/cpu").glob("*.cpp")))],
-    depends=["csrc/sample_args.h", *map(str, sorted(Path("csrc/cpu").glob("*.h")))],
+    sources=[*map(str, sorted(Path("csrc").glob("*.cpp"))), *map(str, sorted(Path("csrc/cpu").glob("*.cpp")))],
+    depends=[*map(str, sorted(Path("csrc").glob("*.h"))), *map(str, sorted(Path("csrc/cpu").glob("*.h")))],
     language="c++",
     optional=True,
     py_limited_api=STABLE_ABI,

@@ -7,6 +7,8 @@
 
 #include <cstdint>
 
+#include "bind_attention.h"
+#include "bind_linear.h"
 #include "cpu/isa.h"
 #include "cpu/philox.h"
 #include "cpu/sample.h"
@@ -100,4 +102,6 @@ NB_MODULE(_C, m) {
           "-ln((x + 0.5) / 2^32) of uint32 words.");
     m.def("exp2_pair", &exp2_pair, "t"_a, "w"_a.noconvert(), "iw"_a.noconvert(), "isa"_a = -1,
           "2^t and 2^-t for t in [-126, 0].");
+    bind_attention(m);
+    bind_linear(m);
 }
