@@ -77,5 +77,5 @@ clean: ## remove everything that make has made
 	@$(PY) -m venv --clear .venv-transformers-4
 	@$(PY) -c "import sysconfig; print(sysconfig.get_path('purelib'))" \
 	  > "$$(.venv-transformers-4/bin/python -c "import sysconfig; print(sysconfig.get_path('purelib'))")/zz_base.pth"
-	@.venv-transformers-4/bin/python -m pip install -qq --disable-pip-version-check transformers==4.57.1
+	@.venv-transformers-4/bin/python -m pip install -qq --disable-pip-version-check --no-warn-conflicts transformers==4.57.1
 	@touch $@
