@@ -134,7 +134,9 @@ class GenerationModel(Settings):
             TypeError, ValueError: what cannot be used, before anything is generated.
         """
         told, parts = self._stream_texts(descriptions, prompt, sections, duration, crossfade)
-        attributes, tokens = self._stream_inputs(told, duration, prompt, prompt_sample_rate, negative_prompt)
+        attributes, tokens = self._stream_inputs(
+            told, duration, prompt, prompt_sample_rate, negative_prompt, cfg_coef is not None
+        )
         options = Options(duration, chunk_seconds, fade_out, cfg_coef, temperature, parts, crossfade)
         return self._open_stream(attributes, tokens, seed, options)
 
@@ -170,11 +172,15 @@ class GenerationModel(Settings):
             )
         return convert_audio(prompt.float(), sample_rate, self.sample_rate, self.audio_channels)
 
-    def _set_negatives(self, attributes: list[ConditioningAttributes], negative: Negative) -> None:
+    def _set_negatives(
+        self, attributes: list[ConditioningAttributes], negative: Negative, scheduled: bool = False
+    ) -> None:
+        """`scheduled`: guidance is a function of time, whatever cfg_coef says."""
         texts = [request.text.get("description") for request in attributes]
         for request, text in zip(attributes, checked_negatives(negative, texts), strict=True):
             request.negative = text
-        if negative is not None and self.params().cfg_coef == 1 and self.params().cfg_coef_beta is None:
+        unguided = self.params().cfg_coef == 1 and self.params().cfg_coef_beta is None and not scheduled
+        if negative is not None and unguided:
             raise ValueError("a negative prompt needs guidance: set a cfg_coef other than 1")
 
     def _stream_texts(
@@ -203,13 +209,14 @@ class GenerationModel(Settings):
         prompt: Tensor | None,
         prompt_sample_rate: int | None,
         negative: Negative,
+        scheduled: bool,
     ) -> tuple[list[ConditioningAttributes], Tensor | None]:
         if (prompt is None) != (prompt_sample_rate is None):
             raise ValueError("prompt and prompt_sample_rate belong together: give both or neither")
         if prompt is not None and prompt_sample_rate is not None:
             prompt = self._prompt_audio(prompt, prompt_sample_rate, duration)
         attributes, tokens = self._prepare_tokens_and_attributes(descriptions, prompt)
-        self._set_negatives(attributes, negative)
+        self._set_negatives(attributes, negative, scheduled)
         return attributes, tokens
 
     def _open_stream(

@@ -179,7 +179,9 @@ class MusicGen(GenerationModel):
     ) -> Stream:
         """Music while it is made: `GenerationModel.stream`, with a melody or style as in `generate_with_chroma`."""
         told, parts = self._stream_texts(descriptions, prompt, sections, duration, crossfade)
-        attributes, tokens = self._stream_inputs(told, duration, prompt, prompt_sample_rate, negative_prompt)
+        attributes, tokens = self._stream_inputs(
+            told, duration, prompt, prompt_sample_rate, negative_prompt, cfg_coef is not None
+        )
         if (melody_wavs is None) != (melody_sample_rate is None):
             raise ValueError("melody_wavs and melody_sample_rate belong together: give both or neither")
         if melody_wavs is not None and melody_sample_rate is not None:

@@ -412,3 +412,9 @@ def test_a_negative_prompt_without_guidance(model):
     model.set_generation_params(duration=0.1, cfg_coef=1.0)
     with pytest.raises(ValueError, match="needs guidance"):
         model.generate(["x"], negative_prompt="drums")
+    with pytest.raises(ValueError, match="needs guidance"):
+        model.stream(["x"], negative_prompt="drums")
+    with_function = model.stream(["x"], duration=0.5, seed=1, negative_prompt="drums", cfg_coef=lambda s: 2.0)
+    model.set_generation_params(cfg_coef=2.0)
+    expected = model.stream(["x"], duration=0.5, seed=1, negative_prompt="drums").collect()[1]
+    assert torch.equal(with_function.collect()[1], expected)
