@@ -169,6 +169,16 @@ def test_the_language_model_predicts_held_out_songs(model, held) -> None:
     assert nats.mean <= 0.85 * float(unigram.mean())
 
 
+def test_captions_are_read(model, held) -> None:
+    """First half second, codebook 1: afterwards the sound itself has told what a caption says (6 nats a song)."""
+    tokens, captions = held[0][:, :, :25], held[1]
+    own, wrong, none = (
+        negative_log_likelihood(model.lm, tokens, texts).per_codebook[0]
+        for texts in (captions, captions[1:] + captions[:1], None)
+    )
+    assert own < none and own <= wrong - 0.2
+
+
 def test_bfloat16_predicts_as_well_as_float32(model, held) -> None:
     tokens, captions = held
     rounded = MusicGen.get_pretrained("demo", device="cpu", precision="bfloat16")

@@ -8,6 +8,7 @@ from __future__ import annotations
 import copy
 import warnings
 import weakref
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -82,7 +83,7 @@ class _Tap:
             self._on_column(state.sequence[:, :, state.column - 1])
 
 
-class LiveModel:
+class LiveModel(ABC):
     """Base of the two kinds of accelerated objects; `model.musicgen_fast` is one.
 
     Attributes:
@@ -115,20 +116,21 @@ class LiveModel:
 
     # -- what the two kinds say ---------------------------------------------------------------------------------------
 
+    @abstractmethod
     def parameters(self) -> dict[str, Tensor]:
         """The live parameters of the language model, by their names in the live object."""
-        raise NotImplementedError
 
+    @abstractmethod
     def convert(self) -> Weights:
         """Our transformer around the live weights. ValueError for a model that we do not compute."""
-        raise NotImplementedError
 
+    @abstractmethod
     def install(self, model: Any) -> None:
         """Puts our methods in the place of the object's."""
-        raise NotImplementedError
 
+    @abstractmethod
     def remove(self, model: Any) -> None:
-        raise NotImplementedError
+        """Takes them off again."""
 
     # -- weights ------------------------------------------------------------------------------------------------------
 

@@ -7,6 +7,7 @@ Knows nothing of codebooks, nor of where a state is stored.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterable
 from typing import Any
 
@@ -19,7 +20,7 @@ from .stacks import Decoder, spans
 __all__ = ["DecoderStream"]
 
 
-class _Layer:
+class _Layer(ABC):
     """A layer in a stream. `held`: rows [B, n, C] that later outputs need; `begun`: its left edge is behind it.
 
     `delay` is how many rows at most the output stays behind what the input could make, at the rate of the output.
@@ -30,9 +31,9 @@ class _Layer:
     begun: bool
     delay: int
 
+    @abstractmethod
     def push(self, x: Tensor, last: bool) -> Tensor:
         """Outputs that rows x [B, t, C], t >= 0, complete; all that are left if x is the last (of one row or more)."""
-        raise NotImplementedError
 
     def parts(self) -> Iterable[_Layer]:
         """Everything with something held: the layer itself, and layers within it."""
