@@ -116,26 +116,27 @@ def test_a_player_that_is_closed_ends_an_endless_run(models: Path, tmp_path: Pat
 
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows has no SIGINT for one process")
 def test_ctrl_c_in_a_real_process(models: Path, tmp_path: Path) -> None:
-    command = [
-        sys.executable,
-        "-m",
-        "musicgen_fast",
-        "generate",
-        "a",
-        "--endless",
-        "--seed",
-        "1",
-        "-m",
-        str(models / "text"),
-    ]
+    command = [sys.executable, "-m", "musicgen_fast", "generate", "a", "--endless", "--seed", "1"]
+    command += ["-m", str(models / "text")]
     env = os.environ | {"PYTHONPATH": str(Path(__file__).resolve().parent.parent)}
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=env, cwd=tmp_path) as process:
+    process = subprocess.Popen(
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        env=env,
+        cwd=tmp_path,
+        # a test run started in the background hands down an ignored SIGINT
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
+    try:
         path, waited = tmp_path / "out/a_1.wav", time.monotonic() + 60
         while not path.exists() or path.stat().st_size < RATE:
             assert process.poll() is None and time.monotonic() < waited
             time.sleep(0.05)
         process.send_signal(signal.SIGINT)
         out, err = process.communicate(timeout=60)
+    finally:
+        process.kill()  # an endless run must not outlive a failed test
     assert process.returncode == 0 and b"interrupted" in err and b"Traceback" not in err, err
     assert soundfile.info(path).frames > 0 and path.with_suffix(".json").exists()
 
