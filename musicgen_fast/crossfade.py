@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .state import Conditions, State
+from .state import Cache, Conditions, State
 
 
 @dataclass(frozen=True)
@@ -82,10 +82,9 @@ class Blend:
         return self.incoming
 
 
-def incoming_lane(outgoing: State, change: Change, kv: Tensor) -> State:
+def incoming_lane(outgoing: State, change: Change, kv: Cache) -> State:
     """A lane at the place of `outgoing`, with a copy of its cache in `kv`; not yet conditioned."""
-    filled = max(outgoing.lengths)
-    kv[..., :filled, :] = outgoing.kv[..., :filled, :]
+    kv.copy_from(outgoing.kv, max(outgoing.lengths))
     lane = State(
         outgoing.config, kv, list(outgoing.lengths), change.conditions, outgoing.sampler,
         place=outgoing.place, rows=outgoing.rows,

@@ -17,7 +17,7 @@ from torch import Tensor
 from .config import ModelConfig
 from .pattern import Pattern
 from .slots import Slots
-from .state import Conditions, Sampler, State
+from .state import Cache, Conditions, Sampler, State
 from .windows import Window
 
 Guidance = Callable[[int], tuple[float, float]]  # frame -> (cfg_coef, temperature)
@@ -28,7 +28,7 @@ class Decoder(Protocol):
 
     config: ModelConfig
 
-    def allocate(self, rows: int, capacity: int) -> Tensor: ...
+    def allocate(self, rows: int, capacity: int) -> Cache: ...
     def condition(self, state: State) -> None: ...
     def prefill(self, state: State, draw: bool = True) -> None: ...
     def step(self, *states: State) -> None: ...
@@ -75,7 +75,7 @@ class Lane:
             self._guided[row] = values
 
 
-def cache_for(decoder: Decoder, slots: Slots, rows: int, capacity: int) -> Tensor:
+def cache_for(decoder: Decoder, slots: Slots, rows: int, capacity: int) -> Cache:
     """A cache that was given back, or a new one."""
     kv = slots.reuse_cache(rows, capacity)
     return decoder.allocate(rows, capacity) if kv is None else kv
@@ -99,7 +99,7 @@ def open_lane(
     own = slots.sampler(rows, sampler)
     state = State(decoder.config, kv, [0] * conditions.num_rows, conditions, own, place=place, rows=rows)
     if texts_of is not None and texts_of.conditions is conditions:
-        state.cross_kv, state.cross_mask, state.absorbed = texts_of.cross_kv, texts_of.cross_mask, texts_of.absorbed
+        state.texts = texts_of.texts
     else:
         decoder.condition(state)
     return Lane(state, parity)

@@ -14,12 +14,11 @@ from collections.abc import Iterable
 from dataclasses import replace
 
 import torch
-from torch import Tensor
 
 from .config import ModelConfig
 from .pattern import build_pattern
 from .sampling import SamplingParams
-from .state import Place, Sampler, State
+from .state import Cache, Place, Sampler, State
 
 _PARAMETERS = ("cfg_coef", "cfg_coef_beta", "scale", "divisor", "top_k", "top_p", "min_p")
 
@@ -44,7 +43,7 @@ class Slots:
         self.params = SamplingParams.build(rows, num_codebooks, device)
         self.seeds = torch.zeros(rows, dtype=torch.int64, device=device)
         self._free = [True] * count
-        self._caches: list[Tensor] = []
+        self._caches: list[Cache] = []
 
     @property
     def free(self) -> int:
@@ -95,14 +94,14 @@ class Slots:
             all_greedy=all(p.all_greedy for p in used),
         )
 
-    def reuse_cache(self, rows: int, capacity: int) -> Tensor | None:
+    def reuse_cache(self, rows: int, capacity: int) -> Cache | None:
         """A cache that was given back, large enough for these rows and positions."""
         for index, cache in enumerate(self._caches):
-            if cache.shape[2] == rows and cache.shape[4] >= capacity:
+            if cache.rows == rows and cache.capacity >= capacity:
                 return self._caches.pop(index)
         return None
 
-    def keep_cache(self, cache: Tensor) -> None:
+    def keep_cache(self, cache: Cache) -> None:
         """Keep a cache for the next lane; at most as many as there are lanes."""
         self._caches.append(cache)
         del self._caches[: -len(self.seeds)]

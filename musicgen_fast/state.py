@@ -8,7 +8,7 @@ steps several lanes at once. Knows nothing of how a step is computed, nor of tex
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -154,6 +154,19 @@ class Sampler:
             self.params = replace(self.params, all_greedy=all_greedy)
 
 
+class Cache(Protocol):
+    """Keys and values of R rows for up to `capacity` positions; how they lie in it is its decoder's business."""
+
+    @property
+    def rows(self) -> int: ...
+
+    @property
+    def capacity(self) -> int: ...
+
+    def copy_from(self, other: Any, positions: int) -> None:
+        """Take the first positions of all rows from a cache of the same kind."""
+
+
 class Source(Protocol):
     """Where a lane that follows another one takes its tokens from; see `shadow.py`."""
 
@@ -173,10 +186,8 @@ class State:
     """The working set of a decoder.
 
     Attributes:
-        kv: [L, 2, R, H, C, d/H] keys and values; row r holds `lengths[r]` positions.
-        cross_kv: per layer keys and values [2, Rc, H, N, d/H] of the first Rc rows (the others attend to nothing).
-        cross_mask: bool [Rc, 1, 1, N] where the texts differ in length, else None.
-        absorbed: per layer two [Rc, H*N, d] in the place of the projections around `cross_kv`; empty: not worth it.
+        kv: keys and values; row r holds `lengths[r]` positions.
+        texts: what `decoder.condition` made of the conditions' texts; None where no row attends to any.
         place: where the next column is written: sequence and counters on the device. Given, it is reused for every
             window; else each window gets its own.
         column: `place.column` as the host knows it: the next step of the sequence to be written.
@@ -186,13 +197,11 @@ class State:
     """
 
     config: ModelConfig
-    kv: Tensor
+    kv: Any  # a Cache
     lengths: list[int]
     conditions: Conditions
     sampler: Sampler
-    cross_kv: list[Tensor] = field(default_factory=list)
-    cross_mask: Tensor | None = None
-    absorbed: list[tuple[Tensor, Tensor]] = field(default_factory=list)
+    texts: Any = None
     pattern: Pattern | None = None
     place: Place | None = None
     column: int = 0
@@ -206,7 +215,7 @@ class State:
 
     @property
     def capacity(self) -> int:
-        return self.kv.shape[4]
+        return self.kv.capacity
 
     @property
     def done(self) -> bool:

@@ -82,7 +82,7 @@ def test_cross_attention(lengths, absorbed, prompt):
     and is what zeros would have given."""
     model = random_model("cross")
     state = check(model, Conditions(len(lengths), [Branch(cross=states(*lengths)), Branch()], 2), prompt)
-    assert bool(state.absorbed) == absorbed
+    assert bool(state.texts.absorbed) == absorbed
     zeros = model(torch.zeros(1, 4, 3, dtype=torch.int64), None, torch.zeros(1, 6, 32))
     torch.testing.assert_close(zeros, model(torch.zeros(1, 4, 3, dtype=torch.int64)), rtol=0, atol=0)
 
@@ -118,7 +118,7 @@ def test_a_window_leaves_nothing_behind():
         while not state.done:
             decoder.step(state)
         results.append(state.codes())
-        kv.fill_(7.0)  # what a window before may have left
+        kv.tensor.fill_(7.0)  # what a window before may have left
     assert torch.equal(*results)
 
 

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from ..model import EPS, Layer, Transformer, embed_tokens, position_table
 from ..state import Conditions, State
+from .torch_cache import Place, RowPlaces, SamePlace, TensorCache, Texts
 
 
 class TorchDecoder:
@@ -33,18 +34,18 @@ class TorchDecoder:
 
     # -- set-up -------------------------------------------------------------------------------------------------------
 
-    def allocate(self, rows: int, capacity: int) -> Tensor:
-        """A KV cache [L, 2, R, H, C, d/H] in the model's dtype.
+    def allocate(self, rows: int, capacity: int) -> TensorCache:
+        """A KV cache in the model's dtype.
 
         Zeros, not raw memory: a masked position still takes part as 0 x value, and 0 x NaN is NaN.
         """
         c = self.config
         shape = (c.num_layers, 2, rows, c.num_heads, capacity, c.head_dim)
-        return torch.zeros(shape, dtype=self.model.dtype, device=self.model.device)
+        return TensorCache(torch.zeros(shape, dtype=self.model.dtype, device=self.model.device))
 
     def condition(self, state: State) -> None:
         """Project the text's keys and values of every layer, for the rows that attend to any."""
-        state.cross_kv, state.cross_mask, state.absorbed = [], None, []
+        state.texts = None
         cross = [b.cross for b in state.conditions.branches if b.cross is not None]
         assert all(b.cross is not None for b in state.conditions.branches[: len(cross)]), "null branches come last"
         if not cross:
@@ -52,17 +53,18 @@ class TorchDecoder:
         rows = [states for branch in cross for states in branch]
         padded = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True).to(self.model.dtype)
         lengths = torch.tensor([len(r) for r in rows], device=padded.device)
+        texts = state.texts = Texts()
         if int(lengths.min()) < padded.shape[1]:
             inside = torch.arange(padded.shape[1], device=padded.device) < lengths[:, None]
-            state.cross_mask = inside[:, None, None, :]
+            texts.mask = inside[:, None, None, :]
         for layer in self._layers():
             kv = F.linear(padded, layer.cross_kv.weight)
             kv = kv.unflatten(-1, (2, self.config.num_heads, -1))  # [Rc, N, 2, H, dh]
-            state.cross_kv.append(kv.permute(2, 0, 3, 1, 4).contiguous())
+            texts.kv.append(kv.permute(2, 0, 3, 1, 4).contiguous())
         # Per row 2 H N d numbers a step, instead of 2 d^2 for all rows: less to read while Rc * N < d / H (64 in the
         # released models). One request of 16 tokens, small, fp32: 151 MB of 1443 MB a step less.
         if len(rows) * padded.shape[1] < self.config.head_dim:
-            state.absorbed = [_absorb(layer, *kv) for layer, kv in zip(self._layers(), state.cross_kv, strict=True)]
+            texts.absorbed = [_absorb(layer, *kv) for layer, kv in zip(self._layers(), texts.kv, strict=True)]
 
     # -- the two functions --------------------------------------------------------------------------------------------
 
@@ -119,16 +121,16 @@ class TorchDecoder:
     def _layers(self) -> list[Layer]:
         return list(self.model.layers)  # type: ignore[arg-type]
 
-    def _step_input(self, state: State) -> tuple[Tensor, _Place]:
+    def _step_input(self, state: State) -> tuple[Tensor, Place]:
         """The last column's embeddings with their positions, [R, d], and where their keys and values go."""
         lengths = state.lengths
         self._require(state, max(lengths) + 1)
         x = embed_tokens(self.model.emb.weight, state.fed_tokens(state.column - 1))[:, 0]
         x = x.repeat(len(state.conditions.branches), 1)
         if min(lengths) == max(lengths):
-            return x + self._position_rows(lengths[0] + 1, x.device)[lengths[0]], _SamePlace(lengths[0])
+            return x + self._position_rows(lengths[0] + 1, x.device)[lengths[0]], SamePlace(lengths[0])
         at = torch.tensor(lengths, device=x.device)
-        return x + self._position_rows(max(lengths) + 1, x.device)[at], _RowPlaces(at, max(lengths) + 1)
+        return x + self._position_rows(max(lengths) + 1, x.device)[at], RowPlaces(at, max(lengths) + 1)
 
     def _with_prefix(self, x: Tensor, conditions: Conditions) -> list[Tensor]:
         """Rows [P_r + n, d] of different lengths."""
@@ -151,15 +153,16 @@ class TorchDecoder:
         dtype, n = self.model.dtype, x.shape[1]
         qkv = layer.qkv(layer.norm1(x).to(dtype)).unflatten(-1, (3, self.config.num_heads, -1))
         q, k, v = qkv.permute(2, 0, 3, 1, 4)
-        state.kv[index, 0, :, :, :n] = k
-        state.kv[index, 1, :, :, :n] = v
+        cache = state.kv.tensor[index]
+        cache[0, :, :, :n] = k
+        cache[1, :, :, :n] = v
         attended = F.scaled_dot_product_attention(q, k, v, is_causal=True)
         x = x + layer.attn_out(attended.transpose(1, 2).flatten(2)).to(x.dtype)
-        if state.cross_kv:
-            keys, values = state.cross_kv[index]
+        if state.texts is not None:
+            keys, values = state.texts.kv[index]
             rows = len(keys)
             q = layer.heads(layer.cross_q(layer.norm_cross(x[:rows]).to(dtype)))
-            attended = F.scaled_dot_product_attention(q, keys, values, attn_mask=state.cross_mask)
+            attended = F.scaled_dot_product_attention(q, keys, values, attn_mask=state.texts.mask)
             x[:rows] += layer.cross_out(attended.transpose(1, 2).flatten(2)).to(x.dtype)
         return x + layer.ffn_out(F.gelu(layer.ffn_in(layer.norm2(x).to(dtype)))).to(x.dtype)
 
@@ -183,7 +186,7 @@ class TorchDecoder:
         parts = [x[lane.text_rows] for lane in lanes]
         h, norm = parts[0] if len(parts) == 1 else torch.cat(parts), layer.norm_cross
         h = F.layer_norm(h, (self.config.dim,), norm.weight, norm.bias, EPS).to(self.model.dtype)
-        if lanes[0].state.absorbed:
+        if lanes[0].state.texts.absorbed:
             parts[0] += self._attend_absorbed(lanes[0].state, index, h)
             return
         q = F.linear(h, layer.cross_q.weight).view(len(h), self.config.num_heads, 1, -1)
@@ -198,10 +201,11 @@ class TorchDecoder:
     @staticmethod
     def _attend_absorbed(state: State, index: int, h: Tensor) -> Tensor:
         """Cross-attention with the folded projections: normed h [Rc, d] -> [Rc, d]."""
-        rows, (to_scores, to_output) = len(h), state.absorbed[index]
+        rows, texts = len(h), state.texts
+        to_scores, to_output = texts.absorbed[index]
         scores = torch.bmm(to_scores, h[:, :, None]).view(rows, state.config.num_heads, -1)
-        if state.cross_mask is not None:
-            scores = scores.masked_fill(~state.cross_mask[:, 0], -torch.inf)
+        if texts.mask is not None:
+            scores = scores.masked_fill(~texts.mask[:, 0], -torch.inf)
         weights = scores.softmax(-1).view(rows, 1, -1)
         return torch.bmm(weights, to_output)[:, 0]
 
@@ -222,9 +226,9 @@ def _absorb(layer: Layer, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]
 
 def _text_groups(lanes: list[_Lane]) -> list[list[_Lane]]:
     """Lanes whose texts go through the projections together: one batch reads them once; folded ones are their own."""
-    texts = [lane for lane in lanes if lane.state.cross_kv]
-    shared = [lane for lane in texts if not lane.state.absorbed]
-    return [[lane] for lane in texts if lane.state.absorbed] + ([shared] if shared else [])
+    texts = [lane for lane in lanes if lane.state.texts is not None]
+    shared = [lane for lane in texts if not lane.state.texts.absorbed]
+    return [[lane] for lane in texts if lane.state.texts.absorbed] + ([shared] if shared else [])
 
 
 @dataclass(slots=True)
@@ -232,17 +236,17 @@ class _Lane:
     """A state within the batch of a step: which rows of x [R, d] are its own."""
 
     state: State
-    place: _Place
+    place: Place
     rows: slice
 
     @property
     def text_rows(self) -> slice:
         """The rows that attend to a text: those of the first branches."""
-        return slice(self.rows.start, self.rows.start + self.state.cross_kv[0].shape[1])
+        return slice(self.rows.start, self.rows.start + self.state.texts.kv[0].shape[1])
 
     def attend(self, index: int, qkv: Tensor) -> Tensor:
         """Self-attention of the lane's rows: qkv [R, 3, H, d/H] -> [R, d]."""
-        cache = self.state.kv[index]
+        cache = self.state.kv.tensor[index]
         self.place.write(cache, qkv[:, 1:].transpose(0, 1))
         keys, values, mask = self.place.read(cache)
         a = F.scaled_dot_product_attention(qkv[:, 0, :, None], keys, values, attn_mask=mask)
@@ -250,48 +254,6 @@ class _Lane:
 
     def attend_text(self, index: int, q: Tensor) -> Tensor:
         """Cross-attention of queries [Rc, H, 1, d/H] -> [Rc, d], not projected yet."""
-        keys, values = self.state.cross_kv[index].unbind()
-        a = F.scaled_dot_product_attention(q, keys, values, attn_mask=self.state.cross_mask)
+        keys, values = self.state.texts.kv[index].unbind()
+        a = F.scaled_dot_product_attention(q, keys, values, attn_mask=self.state.texts.mask)
         return a.view(len(q), -1)
-
-
-class _Place:
-    """Where a step's keys and values go in a cache [2, R, H, C, d/H], and what is attended."""
-
-    def write(self, cache: Tensor, kv: Tensor) -> None:
-        raise AssertionError
-
-    def read(self, cache: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
-        raise AssertionError
-
-
-class _SamePlace(_Place):
-    """All rows are equally long: a slice, and no mask."""
-
-    def __init__(self, position: int):
-        self.position = position
-
-    def write(self, cache: Tensor, kv: Tensor) -> None:
-        cache[:, :, :, self.position] = kv
-
-    def read(self, cache: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
-        keys, values = cache[:, :, :, : self.position + 1].unbind()
-        return keys, values, None
-
-
-class _RowPlaces(_Place):
-    """Each row writes at its own length; positions beyond it are masked."""
-
-    def __init__(self, positions: Tensor, longest: int):
-        self.positions = positions
-        self.longest = longest
-        self.rows = torch.arange(len(positions), device=positions.device)
-        inside = torch.arange(longest, device=positions.device) <= positions[:, None]
-        self.mask = inside[:, None, None, :]
-
-    def write(self, cache: Tensor, kv: Tensor) -> None:
-        cache[:, self.rows, :, self.positions] = kv.transpose(0, 1)
-
-    def read(self, cache: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
-        keys, values = cache[:, :, :, : self.longest].unbind()
-        return keys, values, self.mask
