@@ -49,6 +49,13 @@ def test_one_bad_region_changes_nothing(C):
         assert policy.threads == 2
 
 
+def test_a_slow_start_costs_no_thread(C):
+    """The first step of a process: 0.34 s, 29 % of it waiting; then 15 ms with 5 %."""
+    policy = C.ShedPolicy(2)
+    policy.observe(0.335, 0.1)
+    assert set(play(policy, 5, lambda n: 0.05, lambda n: 0.015 if n == 2 else 0.027)) == {2}
+
+
 def test_a_taken_core_costs_one_thread(C):
     """One of four cores is taken: three threads stay, tried again after 2, 4, 8, ... 30 s of use."""
     policy = C.ShedPolicy(4)

@@ -60,7 +60,8 @@ struct PackedMatrix {
 };
 
 // Scratch for prepared rows, best on a 64-byte boundary. Row r begins at byte r * prepared_bytes(format, 1, k), so
-// threads may share the work.
+// threads may share the work. Five rows of integers and more take room for a multiple of 16: a matrix unit multiplies
+// whatever lies there.
 size_t prepared_bytes(WeightFormat format, int rows, int k);
 
 // One build for one instruction set. What its `prepare` wrote only its own `apply` reads.

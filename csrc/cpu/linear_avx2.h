@@ -42,7 +42,7 @@ MGF_TARGET inline void add_scaled_8(__m256i sum, int32_t correction, float input
 
 struct SimdAvx2 {
     static constexpr int kFloatRows = 4, kIntegerRows = 4, kSides = 2;
-    static constexpr bool kHalves = false, kMatrix = false;
+    static constexpr bool kHalves = false;
 
     template <bool Half>
     struct Floats {

@@ -38,7 +38,7 @@ MGF_TARGET inline void add_scaled_16(__m512i sum, int32_t correction, float inpu
 
 struct SimdAvx512 {
     static constexpr int kFloatRows = 8, kIntegerRows = 8, kSides = 1;
-    static constexpr bool kHalves = false, kMatrix = false;
+    static constexpr bool kHalves = false;
 
     // The dot product of bfloat16 pairs is not used: its inputs are bfloat16 too, so that inputs exact to fp32 would
     // take three of them where two FMAs do, and it rounds by rules of its own.

@@ -7,7 +7,7 @@ namespace {
 
 struct Simd {
     static constexpr int kFloatRows = 1, kIntegerRows = 1, kSides = 1;
-    static constexpr bool kHalves = false, kMatrix = false;
+    static constexpr bool kHalves = false;
 
     template <bool Half>
     struct Floats {

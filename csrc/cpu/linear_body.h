@@ -8,8 +8,7 @@
 //   kSides                    1, or 2 where half of a tile is taken at a time
 //   kHalves                   whether it multiplies bytes: which half of InputGroup it reads
 //   Floats<Half>              a row's sums; load(w, side, weights): of two inputs; add(weights, x); add_to(sums, side)
-//   kMatrix                   whether many rows of integers go to a matrix unit: then it also has begin, end,
-//   add_blocks Integers<FourBits, Rows>  a row's sums; load(u, side, weights): of eight inputs; add(weights, x);
+//   Integers<FourBits, Rows>  a row's sums; load(u, side, weights): of eight inputs; add(weights, x);
 //                             add_scaled(sums, side, group, scale): see there
 #pragma once
 
@@ -169,11 +168,6 @@ MGF_INLINE void add_integer_group(const unsigned char* w, int count, const unsig
                                   int rows, Sums sums) {
     alignas(64) float scale[kTileOutputs];
     std::memcpy(scale, w, sizeof scale);
-    if constexpr (Simd::kMatrix) {
-        const int done =
-            Simd::template add_blocks<FourBits>(w + kScaleBytes, count, prepared, row_bytes, rows, scale, sums);
-        prepared += size_t(done) * row_bytes, sums += done, rows -= done;
-    }
     in_blocks<Simd::kIntegerRows>(rows, [&](int r, auto block, ptrdiff_t ahead) MGF_INLINED {
         using Row = typename Simd::template Integers<FourBits, block()>;
         const unsigned char* const x = prepared + size_t(r) * row_bytes;
@@ -203,11 +197,9 @@ MGF_INLINE void apply(const PackedMatrix& matrix, const void* prepared, int rows
     const size_t row_bytes = prepared_row_bytes(F, matrix.k);
     const size_t x_bytes =
         F == WeightFormat::float32 || F == WeightFormat::bfloat16 ? kGroupInputs * sizeof(float) : sizeof(InputGroup);
-    constexpr bool kMatrix = Simd::kMatrix && (F == WeightFormat::int8 || F == WeightFormat::int4);
     alignas(64) float sums[kRowsAtOnce][kTileOutputs];
     for (int r = 0; r < rows; r += kRowsAtOnce) {
         const int some = std::min(kRowsAtOnce, rows - r);
-        if constexpr (kMatrix) Simd::begin(some);
         const unsigned char* w = matrix.data + size_t(first) * tile_bytes(F, matrix.k);
         for (int tile = first; tile < last; ++tile) {
             std::memset(sums, 0, size_t(some) * sizeof sums[0]);
@@ -222,7 +214,6 @@ MGF_INLINE void apply(const PackedMatrix& matrix, const void* prepared, int rows
                 std::memcpy(y + (r + i) * stride + output, sums[i], size_t(outputs) * sizeof(float));
             }
         }
-        if constexpr (kMatrix) Simd::end(some);
     }
 }
 
@@ -236,14 +227,17 @@ MGF_INLINE void apply(const PackedMatrix& matrix, const void* prepared, int rows
         apply<Simd, WeightFormat::format>(matrix, prepared, rows, first, last, y, stride);                      \
     }
 
-#define MGF_LINEAR_KERNELS(name, target)                                                                           \
-    namespace {                                                                                                    \
+#define MGF_LINEAR_PREPARE(target)                                                                                 \
     target void prepare_(WeightFormat format, const float* x, ptrdiff_t stride, int rows, int k, void* prepared) { \
         prepare<Simd>(format, x, stride, rows, k, prepared);                                                       \
-    }                                                                                                              \
-    MGF_LINEAR_APPLY(apply_float32, target, float32)                                                               \
-    MGF_LINEAR_APPLY(apply_bfloat16, target, bfloat16)                                                             \
-    MGF_LINEAR_APPLY(apply_int8, target, int8)                                                                     \
-    MGF_LINEAR_APPLY(apply_int4, target, int4)                                                                     \
-    }                                                                                                              \
+    }
+
+#define MGF_LINEAR_KERNELS(name, target)               \
+    namespace {                                        \
+    MGF_LINEAR_PREPARE(target)                         \
+    MGF_LINEAR_APPLY(apply_float32, target, float32)   \
+    MGF_LINEAR_APPLY(apply_bfloat16, target, bfloat16) \
+    MGF_LINEAR_APPLY(apply_int8, target, int8)         \
+    MGF_LINEAR_APPLY(apply_int4, target, int4)         \
+    }                                                  \
     const LinearKernels name = {prepare_, {apply_float32, apply_bfloat16, apply_int8, apply_int4}};

@@ -10,6 +10,7 @@
 namespace mgf {
 
 constexpr size_t kScaleBytes = sizeof(float) * kTileOutputs;
+constexpr int kMatrixRows = 5;       // from so many rows of integers on a matrix unit is faster
 constexpr float kSmallest = 1e-30f;  // the largest of a group counts as at least this: inverses stay finite
 constexpr float kFullInput = 32512;  // 127 * 256: the largest input whose upper half, rounded, still fits 8 bits
 

@@ -160,7 +160,8 @@ size_t packed_bytes(WeightFormat format, int n, int k) {
 }
 
 size_t prepared_bytes(WeightFormat format, int rows, int k) {
-    return size_t(rows) * prepared_row_bytes(format, k);
+    const bool integers = format == WeightFormat::int8 || format == WeightFormat::int4;
+    return size_t(integers && rows >= kMatrixRows ? round_up(rows, 16) : rows) * prepared_row_bytes(format, k);
 }
 
 bool pack(WeightFormat format, const float* w, int n, int k, void* out) {

@@ -27,7 +27,7 @@ struct SpinPolicy {
 class ShedPolicy {
   public:
     static constexpr double kShare = 0.25;  // of a region spent waiting, by the thread that waited most
-    static constexpr double kWindow = 0.1;  // seconds of regions that a decision looks at
+    static constexpr double kWindow = 0.1;  // seconds of regions that a decision looks at, but for the longest
     static constexpr int kRegions = 4;      // ... and at least so many
     static constexpr double kRetry = 2.0;   // until a shed thread is tried again; doubles while that fails
     static constexpr double kLongestRetry = 30.0;
@@ -41,11 +41,12 @@ class ShedPolicy {
     void observe(double seconds, double waited) {
         if (full_ == 1) return;
         seconds_ += seconds, waited_ += waited, ++regions_;
-        until_retry_ -= seconds;
-        if (seconds_ < kWindow || regions_ < kRegions) return;
-        const double share = waited_ / seconds_, mean = seconds_ / regions_;
-        kept_for_ -= seconds_;
-        seconds_ = waited_ = 0, regions_ = 0;
+        if (seconds > longest_) longest_ = seconds, waited_in_longest_ = waited;
+        until_retry_ -= seconds, kept_for_ -= seconds;
+        const double counted = seconds_ - longest_;
+        if (counted < kWindow || regions_ < kRegions) return;
+        const double share = (waited_ - waited_in_longest_) / counted, mean = counted / (regions_ - 1);
+        seconds_ = waited_ = longest_ = waited_in_longest_ = 0, regions_ = 0;
         decide(share, mean);
     }
 
@@ -77,6 +78,9 @@ class ShedPolicy {
 
     int full_, threads_;
     double seconds_ = 0, waited_ = 0;
+    // The longest region of a window does not count: the first of a program may take 20 times as long as the second
+    // (memory is touched, threads start), and once cost the pool a thread for 2 s.
+    double longest_ = 0, waited_in_longest_ = 0;
     int regions_ = 0;
     double before_ = 0;       // mean region before the last shed, until its first window has been judged
     double until_retry_ = 0;  // seconds of use
