@@ -45,13 +45,6 @@ nb::list isas() {
     return names;
 }
 
-mgf::KvFormat format_of(const std::string& name) {
-    if (name == "float32") return mgf::KvFormat::float32;
-    if (name == "bfloat16") return mgf::KvFormat::bfloat16;
-    if (name == "int8") return mgf::KvFormat::int8;
-    throw nb::value_error("the format of a KV cache is float32, bfloat16 or int8");
-}
-
 // Memory on a 64-byte boundary.
 template <class T>
 class Aligned {
@@ -69,7 +62,7 @@ class Aligned {
 class Cache {
   public:
     Cache(const std::string& format, int rows, int heads, int head_dim, int capacity, int fill)
-        : cache_(mgf::kv_layout(format_of(format), rows, heads, head_dim, capacity)), memory_(size_t(cache_.bytes())) {
+        : cache_(mgf::kv_layout(kv_format(format), rows, heads, head_dim, capacity)), memory_(size_t(cache_.bytes())) {
         std::memset(memory_.get(), fill, size_t(cache_.bytes()));
         cache_.data = memory_.get();
     }
@@ -211,6 +204,13 @@ void embed(Array<const int64_t, 2> tokens, Array<const T, 2> table, Array<const 
 }
 
 }  // namespace
+
+mgf::KvFormat kv_format(const std::string& name) {
+    if (name == "float32") return mgf::KvFormat::float32;
+    if (name == "bfloat16") return mgf::KvFormat::bfloat16;
+    if (name == "int8") return mgf::KvFormat::int8;
+    throw nb::value_error("the format of a KV cache is float32, bfloat16 or int8");
+}
 
 void bind_attention(nb::module_& m) {
     bind_pool(m);  // first: caches take pools

@@ -3,5 +3,11 @@
 
 #include <nanobind/nanobind.h>
 
+#include <string>
+
+#include "cpu/attention.h"
+
 void bind_attention(nanobind::module_& m);
 void bind_pool(nanobind::module_& m);
+
+mgf::KvFormat kv_format(const std::string& name);  // a value error names what there is

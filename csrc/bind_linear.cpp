@@ -24,25 +24,6 @@ void require(bool condition, const char* message) {
     if (!condition) throw nb::value_error(message);
 }
 
-mgf::WeightFormat format_of(const std::string& name) {
-    if (name == "float32") return mgf::WeightFormat::float32;
-    if (name == "bfloat16") return mgf::WeightFormat::bfloat16;
-    if (name == "int8") return mgf::WeightFormat::int8;
-    if (name == "int4") return mgf::WeightFormat::int4;
-    throw nb::value_error("the format of packed weights is float32, bfloat16, int8 or int4");
-}
-
-mgf::LinearIsa isa_of(const std::string& name) {
-    if (name.empty()) return mgf::best_linear_isa();
-    for (int i = 0; i < mgf::kLinearIsas; ++i) {
-        const mgf::LinearIsa isa = mgf::LinearIsa(i);
-        if (name != mgf::linear_isa_name(isa)) continue;
-        require(mgf::linear_isa_supported(isa), "this processor lacks that instruction set");
-        return isa;
-    }
-    throw nb::value_error("no instruction set of that name; linear_isas() lists them");
-}
-
 nb::list isas() {
     nb::list names;
     for (int i = 0; i < mgf::kLinearIsas; ++i) {
@@ -53,7 +34,7 @@ nb::list isas() {
 
 size_t packed_bytes(const std::string& format, int n, int k) {
     require(n > 0 && k > 0, "linear_packed_bytes: n and k are at least 1");
-    return mgf::packed_bytes(format_of(format), n, k);
+    return mgf::packed_bytes(weight_format(format), n, k);
 }
 
 void require_packed(mgf::WeightFormat format, int n, int k, size_t bytes) {
@@ -62,7 +43,7 @@ void require_packed(mgf::WeightFormat format, int n, int k, size_t bytes) {
 }
 
 bool pack(const std::string& format, Array<const float, 2> w, Array<uint8_t, 1> out) {
-    const mgf::WeightFormat f = format_of(format);
+    const mgf::WeightFormat f = weight_format(format);
     const int n = int(w.shape(0)), k = int(w.shape(1));
     require_packed(f, n, k, out.shape(0));
     nb::gil_scoped_release released;
@@ -70,7 +51,7 @@ bool pack(const std::string& format, Array<const float, 2> w, Array<uint8_t, 1> 
 }
 
 void unpack(const std::string& format, Array<const uint8_t, 1> packed, Array<float, 2> out) {
-    const mgf::WeightFormat f = format_of(format);
+    const mgf::WeightFormat f = weight_format(format);
     const int n = int(out.shape(0)), k = int(out.shape(1));
     require_packed(f, n, k, packed.shape(0));
     nb::gil_scoped_release released;
@@ -79,13 +60,13 @@ void unpack(const std::string& format, Array<const uint8_t, 1> packed, Array<flo
 
 void apply(const std::string& format, Array<const uint8_t, 1> packed, Array<const float, 2> x, Array<float, 2> out,
            int first, int last, const std::string& isa) {
-    const mgf::WeightFormat f = format_of(format);
+    const mgf::WeightFormat f = weight_format(format);
     const int rows = int(x.shape(0)), k = int(x.shape(1)), n = int(out.shape(1)), tiles = mgf::tile_count(n);
     require_packed(f, n, k, packed.shape(0));
     require(int(out.shape(0)) == rows, "linear_apply: x and out differ in rows");
     last = last < 0 ? tiles : last;
     require(0 <= first && first <= last && last <= tiles, "linear_apply: no such tiles");
-    const mgf::LinearKernels& kernels = mgf::linear_kernels(isa_of(isa));
+    const mgf::LinearKernels& kernels = mgf::linear_kernels(linear_isa(isa));
     nb::gil_scoped_release released;
     // 64-byte lines, as in the decoder.
     std::vector<uint8_t> scratch(mgf::prepared_bytes(f, rows, k) + 64);
@@ -113,6 +94,25 @@ uint64_t read_all(Array<const uint8_t, 1> bytes) {
 }
 
 }  // namespace
+
+mgf::WeightFormat weight_format(const std::string& name) {
+    if (name == "float32") return mgf::WeightFormat::float32;
+    if (name == "bfloat16") return mgf::WeightFormat::bfloat16;
+    if (name == "int8") return mgf::WeightFormat::int8;
+    if (name == "int4") return mgf::WeightFormat::int4;
+    throw nb::value_error("the format of packed weights is float32, bfloat16, int8 or int4");
+}
+
+mgf::LinearIsa linear_isa(const std::string& name) {
+    if (name.empty()) return mgf::best_linear_isa();
+    for (int i = 0; i < mgf::kLinearIsas; ++i) {
+        const mgf::LinearIsa isa = mgf::LinearIsa(i);
+        if (name != mgf::linear_isa_name(isa)) continue;
+        require(mgf::linear_isa_supported(isa), "this processor lacks that instruction set");
+        return isa;
+    }
+    throw nb::value_error("no instruction set of that name; linear_isas() lists them");
+}
 
 void bind_linear(nb::module_& m) {
     m.def("linear_isas", &isas, "The instruction sets that this processor has, the best one last.");

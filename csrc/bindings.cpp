@@ -8,6 +8,7 @@
 #include <cstdint>
 
 #include "bind_attention.h"
+#include "bind_decoder.h"
 #include "bind_linear.h"
 #include "cpu/isa.h"
 #include "cpu/philox.h"
@@ -104,4 +105,5 @@ NB_MODULE(_C, m) {
           "2^t and 2^-t for t in [-126, 0].");
     bind_attention(m);
     bind_linear(m);
+    bind_decoder(m);
 }

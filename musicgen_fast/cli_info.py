@@ -24,7 +24,7 @@ from .checkpoints.text import text_shapes
 from .checkpoints.transformers import FAMILIES, model_config
 from .codec import EnCodec
 from .config import CodecConfig, ModelConfig, named_config
-from .loading import PRECISIONS
+from .loading import DTYPES
 from .roofline import kv_numbers, window_positions
 
 __all__ = ["describe", "run"]
@@ -104,7 +104,7 @@ def describe(facts: Facts) -> dict[str, Any]:
     positions = window_positions(config, facts.codec.frame_rate)
     numbers = int(2 * kv_numbers(config, positions))  # two rows: guidance
     memory = {}
-    for name, dtype in PRECISIONS.items():
+    for name, dtype in DTYPES.items():
         model = matrices * dtype.itemsize + 4 * fixed
         rest = 4 * (codec + (facts.text_parameters or 0))
         memory[name] = {

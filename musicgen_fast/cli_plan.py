@@ -104,7 +104,7 @@ def check(args: argparse.Namespace) -> Job:
         args=args,
         model_name=name,
         device=device,
-        precision=str(pick_precision(args.precision, device)).removeprefix("torch."),
+        precision=pick_precision(args.precision, device),
         batch_size=args.batch_size or (_BATCH_ON_GPU if device.type == "cuda" else 1),
         params=params,
         requests=[

@@ -16,7 +16,9 @@ from torch import Tensor
 from . import engine
 from .conditioning import COMPAT, Conditioner, ConditioningAttributes
 from .config import GenerationParams, ModelConfig
+from .decoders.cpu_model import PackedTransformer
 from .decoders.torch import TorchDecoder
+from .lanes import Decoder
 from .model import Transformer
 from .sampling import SamplingParams, signed_seed
 from .state import Conditions, Sampler
@@ -33,11 +35,15 @@ class LMModel:
     `conditioning`.
     """
 
-    def __init__(self, transformer: Transformer, conditioner: Conditioner, cfg: object = None):
+    def __init__(self, transformer: Transformer | PackedTransformer, conditioner: Conditioner, cfg: object = None):
         self.config: ModelConfig = transformer.config
         self.transformer = transformer
         self.conditioner = conditioner
-        self.decoder = TorchDecoder(transformer)
+        self.decoder: Decoder
+        if isinstance(transformer, PackedTransformer):
+            self.decoder = transformer.decoder
+        else:
+            self.decoder = TorchDecoder(transformer)
         self.cfg = cfg
         self.cfg_coef = self.config.cfg_coef
         self.two_step_cfg = self.config.two_step_cfg

@@ -3,23 +3,28 @@
 from __future__ import annotations
 
 import logging
+import os
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from . import native
 from .arena import move_to_huge_pages
 from .checkpoints import Checkpoint, load_checkpoint
 from .codec import EnCodec, InterleaveStereo
 from .conditioning import Conditioner
+from .decoders.cpu_model import PackedTransformer
 from .errors import CheckpointError
 from .lm import LMModel
 from .model import Transformer
+from .packing import PACKED_PRECISIONS, pack_weights
 
 log = logging.getLogger(__name__)
 
-PRECISIONS = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+PRECISIONS = (*DTYPES, "int8", "int4", "auto")
 
 
 @dataclass
@@ -42,12 +47,12 @@ def load_parts(
 ) -> Parts:
     """Load a checkpoint and build its parts; the arguments of `MusicGen.get_pretrained`."""
     device = pick_device(device)
-    dtype = pick_precision(precision, device)
+    precision = pick_precision(precision, device)
+    packed = packs(precision, device)
+    # What is packed is rounded once, from what the file holds.
+    dtype = None if packed and precision != "float32" else DTYPES[precision]
     checkpoint = load_checkpoint(name, text_encoder=text_encoder, dtype=dtype, revision=revision, cache_dir=cache_dir)
-    transformer = Transformer.from_weights(checkpoint.config, checkpoint.lm).to(device)
-    checkpoint.lm.clear()  # the only other owner: from here on each matrix is freed as it is moved
-    if device.type == "cpu":
-        move_to_huge_pages(transformer)
+    transformer = _packed(checkpoint, precision) if packed else _unpacked(checkpoint, device)
     conditioner = Conditioner(
         checkpoint.config,
         transformer,
@@ -90,13 +95,46 @@ def pick_device(device: str | torch.device | None) -> torch.device:
     return picked
 
 
-def pick_precision(precision: str | None, device: torch.device) -> torch.dtype:
-    """float32 on a CPU (exact) and float16 on a GPU, unless asked otherwise."""
-    if precision is None:
-        return torch.float32 if device.type == "cpu" else torch.float16
-    if precision not in PRECISIONS:
+def pick_precision(precision: str | None, device: torch.device) -> str:
+    """The precision asked for; None: float32 on a CPU (exact) and float16 on a GPU; 'auto': int8 on a CPU that can.
+
+    ValueError for one that is unknown, or that nothing here can run.
+    """
+    if precision is not None and precision not in PRECISIONS:
         raise ValueError(f"unknown precision {precision!r}: expected one of {', '.join(PRECISIONS)}")
-    return PRECISIONS[precision]
+    if device.type != "cpu":
+        if precision in ("int8", "int4"):
+            raise ValueError(f"precision {precision!r} runs on a CPU only; on {device.type} take 'float16'")
+        return "float16" if precision in (None, "auto") else precision
+    if precision == "auto":
+        return "int8" if native.available() else "float32"
+    if precision in ("int8", "int4") and not native.available():
+        raise ValueError(f"precision {precision!r} needs the C++ extension: {native.why_not()}")
+    return precision or "float32"
+
+
+def packs(precision: str, device: torch.device) -> bool:
+    """Whether the CPU decoder serves, which packs weights; MUSICGEN_FAST_DECODER=torch takes the torch decoder."""
+    if device.type != "cpu" or precision not in PACKED_PRECISIONS or not native.available():
+        return False
+    return precision not in DTYPES or os.environ.get("MUSICGEN_FAST_DECODER", "") != "torch"
+
+
+def _packed(checkpoint: Checkpoint, precision: str) -> PackedTransformer:
+    if precision == "int4":
+        log.warning("int4 keeps 4 bits of each weight: other music, and mostly worse; int8 is the safe one")
+    try:
+        return PackedTransformer(pack_weights(checkpoint.config, checkpoint.lm, precision))
+    except ValueError as error:
+        raise CheckpointError(f"{checkpoint.name}: {error}") from None
+
+
+def _unpacked(checkpoint: Checkpoint, device: torch.device) -> Transformer:
+    transformer = Transformer.from_weights(checkpoint.config, checkpoint.lm).to(device)
+    checkpoint.lm.clear()  # the only other owner: from here on each matrix is freed as it is moved
+    if device.type == "cpu":
+        move_to_huge_pages(transformer)
+    return transformer
 
 
 def _text_encoder(checkpoint: Checkpoint, device: torch.device) -> Any:

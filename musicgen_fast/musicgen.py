@@ -55,8 +55,10 @@ class MusicGen(GenerationModel):
             device: 'cpu', 'cuda' or 'cuda:N'; default: 'cuda' where there is a GPU, else 'cpu'.
             text_encoder: folder or hub id of the T5, for audiocraft folders that come without one.
             style_encoder: folder or hub id of MERT for style models; default: a folder mert/ beside, else the hub's.
-            precision: 'float32', 'float16' or 'bfloat16' matrices; default float32 on a CPU (the reference's tokens)
-                and float16 on a GPU. The residual stream and the norms are fp32 in any case.
+            precision: of the matrices: 'float32', 'float16' or 'bfloat16'; on a CPU also 'int8' (a quarter of the
+                memory, 3 to 4 times as fast as float32) and 'int4' (worse sound); 'auto' is int8 on a CPU. Default:
+                float32 on a CPU (the reference's tokens), float16 on a GPU. The residual stream and the norms are
+                fp32 in any case.
             revision, cache_dir: as in huggingface_hub. With HF_HUB_OFFLINE=1 nothing is asked of the network.
 
         Raises:

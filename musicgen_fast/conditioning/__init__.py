@@ -13,13 +13,12 @@ from __future__ import annotations
 import math
 import random
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..config import ModelConfig
-from ..model import Transformer
 from ..state import Branch, Conditions
 
 COMPAT = ("isolated", "audiocraft")
@@ -45,6 +44,16 @@ class ConditioningAttributes:
     negative: str | None = None  # a text for the null branch: guidance then leads away from it
 
 
+class Projections(Protocol):
+    """What a transformer lends its conditioner: `text_proj` and `melody_proj` turn outputs into its width."""
+
+    text_proj: nn.Linear | None
+    melody_proj: nn.Linear | None
+
+    @property
+    def device(self) -> torch.device: ...
+
+
 class Conditioner:
     """Encodes the conditions of a model. Parts that a model lacks are None; so is a text encoder that was not found.
 
@@ -53,7 +62,7 @@ class Conditioner:
         style: `StyleConditioner`; the chromagram needs no module of its own.
     """
 
-    def __init__(self, config: ModelConfig, transformer: Transformer, text=None, style=None):
+    def __init__(self, config: ModelConfig, transformer: Projections, text=None, style=None):
         self.config = config
         self.transformer = transformer
         self.text = text
@@ -74,11 +83,11 @@ class Conditioner:
             )
         states = self.text.encode(text)
         projection = self.transformer.text_proj
-        states = states.to(self.transformer.norm.weight.device)
+        states = states.to(self.transformer.device)
         return states if projection is None else projection(states)
 
     def _zeros(self, length: int) -> Tensor:
-        return torch.zeros(length, self.config.dim, device=self.transformer.norm.weight.device)
+        return torch.zeros(length, self.config.dim, device=self.transformer.device)
 
     def _padded(self, states: Tensor | None, length: int) -> Tensor:
         states = self._zeros(1) if states is None else states
@@ -93,7 +102,7 @@ class Conditioner:
         from .melody import ChromaExtractor, load_demucs, melody_chroma, null_chroma
 
         assert self.config.melody is not None and self.transformer.melody_proj is not None
-        device = self.transformer.norm.weight.device
+        device = self.transformer.device
         if wav is None:
             chroma = null_chroma(self.config.melody)
         else:

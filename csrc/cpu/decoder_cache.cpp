@@ -1,0 +1,46 @@
+// One mapping for the keys and values of all layers.
+#include <algorithm>
+#include <cstring>
+#include <stdexcept>
+
+#include "cpu/decoder.h"
+
+namespace mgf {
+
+DecoderCache::DecoderCache(KvFormat format, int layers, int rows, int heads, int head_dim, int capacity) {
+    if (layers < 1) throw std::invalid_argument("a cache needs at least one layer");
+    KvCache layer = kv_layout(format, rows, heads, head_dim, capacity);
+    memory_ = Pages(size_t(layer.bytes()) * size_t(layers));
+    for (int i = 0; i < layers; ++i) {
+        layer.data = memory_.get() + layer.bytes() * i;
+        layers_.push_back(layer);
+    }
+}
+
+// Capacities may differ: the layout of a (row, head) is four arrays, each of which begins with its first positions.
+void DecoderCache::copy_from(const DecoderCache& other, int positions) {
+    if (other.layers_.size() != layers_.size() || other.rows() != rows() ||
+        other.layers_[0].format != layers_[0].format || other.layers_[0].dims != layers_[0].dims ||
+        other.layers_[0].heads != layers_[0].heads) {
+        throw std::invalid_argument("only a cache of the same model, rows and format can be copied");
+    }
+    if (positions < 0 || positions > std::min(capacity(), other.capacity())) {
+        throw std::invalid_argument("copy_from: more positions than the caches have");
+    }
+    const size_t whole = size_t(positions + 15) / 16 * 16;
+    for (size_t i = 0; i < layers_.size(); ++i) {
+        const KvCache &to = layers_[i], &from = other.layers_[i];
+        const size_t numbers = whole * size_t(to.values_at / to.positions);
+        const size_t scales = to.format == KvFormat::int8 ? whole * sizeof(float) : 0;
+        for (int n = 0; n < to.rows * to.heads; ++n) {
+            unsigned char* const out = to.data + n * to.head_bytes;
+            const unsigned char* const in = from.data + n * from.head_bytes;
+            std::memcpy(out, in, numbers);
+            std::memcpy(out + to.values_at, in + from.values_at, numbers);
+            std::memcpy(out + to.key_scale_at, in + from.key_scale_at, scales);
+            std::memcpy(out + to.value_scale_at, in + from.value_scale_at, scales);
+        }
+    }
+}
+
+}  // namespace mgf
