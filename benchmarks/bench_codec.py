@@ -15,9 +15,9 @@ from time import perf_counter
 from typing import Any
 
 import torch
-from machine import append_json, machine_card, synchronize
 from torch import Tensor
 
+from musicgen_fast.bench.machine import append_json, machine_card, synchronize
 from musicgen_fast.checkpoints.codec_weights import canonical_codec_weights, codec_config_from_transformers
 from musicgen_fast.codec import EnCodec
 

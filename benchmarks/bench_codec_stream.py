@@ -17,9 +17,9 @@ from time import perf_counter
 
 import torch
 from bench_codec import CODEBOOKS, CODES, HOP, RATE, codecs
-from machine import append_json, machine_card, synchronize
 from torch import Tensor
 
+from musicgen_fast.bench.machine import append_json, machine_card, synchronize
 from musicgen_fast.codec import EnCodec
 from musicgen_fast.codec_stream import StreamingDecoder
 

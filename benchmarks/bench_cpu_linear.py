@@ -20,9 +20,9 @@ from time import perf_counter
 from typing import Any
 
 import numpy as np
-from machine import append_json, machine_card
 
 from musicgen_fast import native
+from musicgen_fast.bench.machine import append_json, machine_card
 
 FORMATS = ("float32", "bfloat16", "int8", "int4")
 BLOCK = 4096  # outputs that are packed; the rest are copies of them

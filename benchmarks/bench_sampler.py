@@ -16,9 +16,10 @@ from time import perf_counter
 from typing import Any
 
 import torch
-from machine import append_json, machine_card, synchronize
 from sampler_peers import DTYPES, REFERENCE, AbsentError, Case, Sampler, build, first_line, peers, reset
 from torch import Tensor
+
+from musicgen_fast.bench.machine import append_json, machine_card, synchronize
 
 BURST = 20  # draws between two waits for a GPU: a generation does not wait for each of them either
 NODES = 100  # draws in the captured graph

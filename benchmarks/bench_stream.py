@@ -15,9 +15,9 @@ from statistics import median
 from time import perf_counter
 
 import torch
-from machine import append_json, machine_card, synchronize
 
 from musicgen_fast import MusicGen
+from musicgen_fast.bench.machine import append_json, machine_card, synchronize
 from musicgen_fast.conditioning import ConditioningAttributes
 from musicgen_fast.lm import request_seeds
 from musicgen_fast.windows import WindowPlan

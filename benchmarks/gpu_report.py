@@ -23,9 +23,9 @@ from time import perf_counter
 from typing import Any
 
 import torch
-from machine import ROOT, machine_card
 from torch import Tensor
 
+from musicgen_fast.bench.machine import ROOT, machine_card
 from musicgen_fast.sampling import Draw, SamplingParams, draw, sample
 from musicgen_fast.sampling.backends import why_not
 

@@ -218,6 +218,8 @@ void bind_decoder(nb::module_& m) {
         .def_prop_ro("capacity", [](const CpuCache& c) { return c.cache.capacity(); })
         .def_prop_ro("bytes", [](const CpuCache& c) { return c.cache.bytes(); })
         .def(
+            "clear", [](CpuCache& c) { c.cache.clear(); }, nb::call_guard<nb::gil_scoped_release>())
+        .def(
             "copy_from", [](CpuCache& c, const CpuCache& other, int n) { c.cache.copy_from(other.cache, n); },
             "other"_a, "positions"_a, nb::call_guard<nb::gil_scoped_release>());
     nb::class_<CpuDecoder>(m, "CpuDecoder", "The transformer on the CPU (csrc/cpu/decoder.h).")

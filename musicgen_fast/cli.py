@@ -1,4 +1,4 @@
-"""The command line: `musicgen-fast generate` and `musicgen-fast info`, also `python -m musicgen_fast`.
+"""The command line: `musicgen-fast generate`, `info` and `bench`, also `python -m musicgen_fast`.
 
 Options, help, error messages and exit codes. What the commands do is in `cli_generate.py` and `cli_info.py`, which are
 imported when they run: `--help` and mistakes on the command line cost no import of torch.
@@ -13,6 +13,7 @@ import traceback
 from collections.abc import Sequence
 
 from . import __version__
+from .cli_bench import add_commands as add_bench_commands
 from .cli_output import FORMATS, logging_to_stderr, name_template
 from .config import GenerationParams
 
@@ -96,7 +97,7 @@ def build_parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.Argument
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--version", action="version", version=f"musicgen-fast {__version__}")
-    commands = parser.add_subparsers(dest="command", metavar="{generate,info}", required=True)
+    commands = parser.add_subparsers(dest="command", metavar="{generate,info,bench}", required=True)
     generate = commands.add_parser(
         "generate",
         help="make music: one sound file and one JSON file for every piece",
@@ -122,7 +123,7 @@ def build_parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.Argument
     info.add_argument("--json", action="store_true", help="print JSON")
     _place_options(info)
     info.add_argument("-v", "--verbose", action="store_true", help="tracebacks of errors")
-    return parser, {"generate": generate, "info": info}
+    return parser, {"generate": generate, "info": info, **add_bench_commands(commands)}
 
 
 def _run_generate(args: argparse.Namespace) -> int:

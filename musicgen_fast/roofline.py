@@ -9,6 +9,11 @@ from __future__ import annotations
 from .config import ModelConfig
 from .pattern import build_pattern
 
+GROUP = 128  # weights that share a float32 scale in int8 and int4
+# Bytes a weight, and the format of the keys and values that goes with it where nothing else is said.
+WEIGHT_BYTES = {"float32": 4.0, "bfloat16": 2.0, "float16": 2.0, "int8": 1 + 4 / GROUP, "int4": 0.5 + 4 / GROUP}
+KV_FORMAT = {"float32": "float32", "bfloat16": "bfloat16", "float16": "float16", "int8": "int8", "int4": "int8"}
+
 
 def step_weights(config: ModelConfig, text_tokens: int = 16, texts: int = 1) -> int:
     """Numbers of weights that one step reads; embeddings and norms, some rows of d, are left out.
@@ -24,15 +29,30 @@ def step_weights(config: ModelConfig, text_tokens: int = 16, texts: int = 1) -> 
 
 
 def step_bytes(
-    config: ModelConfig, item: int, position: float, *, requests: int = 1, branches: int = 2, text_tokens: int = 16
+    config: ModelConfig,
+    precision: str,
+    position: float,
+    *,
+    kv: str | None = None,
+    requests: int = 1,
+    branches: int = 2,
+    text_tokens: int = 16,
 ) -> float:
-    """Bytes that a step at `position` must read; `item` bytes a weight, key and value.
+    """Bytes that a step at `position` must read.
 
     Args:
+        precision: of the weights, a key of `WEIGHT_BYTES`.
+        kv: of keys and values: float32, bfloat16, float16 or int8; default: what goes with the weights.
         branches: rows per request: 1, 2 with guidance, 3 with double guidance.
     """
-    rows = requests * branches
-    return item * (step_weights(config, text_tokens, requests) + kv_numbers(config, position) * rows)
+    weights = WEIGHT_BYTES[precision] * step_weights(config, text_tokens, requests)
+    numbers = kv_numbers(config, position) * requests * branches
+    return weights + kv_bytes(config, kv or KV_FORMAT[precision]) * numbers
+
+
+def kv_bytes(config: ModelConfig, kv: str) -> float:
+    """Bytes a key or value. In int8 every head of every position has a float32 scale."""
+    return 1 + 4 / config.head_dim if kv == "int8" else WEIGHT_BYTES[kv]
 
 
 def kv_numbers(config: ModelConfig, positions: float) -> float:

@@ -45,5 +45,24 @@ def test_cache():
 def test_floors_of_an_h100(size, weights, average):
     """ms per step at 3.0 TB/s in fp16, one request with guidance: without and with the keys of half a window."""
     config = named_config(size)
-    assert step_bytes(config, 2, 0, text_tokens=64) / 3e9 == pytest.approx(weights, rel=0.005)
-    assert step_bytes(config, 2, 750, text_tokens=64) / 3e9 == pytest.approx(average, rel=0.01)
+    assert step_bytes(config, "float16", 0, text_tokens=64) / 3e9 == pytest.approx(weights, rel=0.005)
+    assert step_bytes(config, "float16", 750, text_tokens=64) / 3e9 == pytest.approx(average, rel=0.01)
+
+
+def test_quantised_small():
+    """MB a step: 318 M weights with a scale of 4 bytes for 128, and int8 keys with one for 64, as on the CPU."""
+    config = named_config("small")
+    weights = step_weights(config)
+    assert step_bytes(config, "int8", 0) == weights + 4 * weights / 128
+    assert step_bytes(config, "int4", 0) == weights / 2 + 4 * weights / 128
+    grown = step_bytes(config, "int8", 1500) - step_bytes(config, "int8", 0)
+    assert grown == 2 * 2 * 24 * 1500 * (1024 + 4 * 16)  # rows, keys and values, layers, positions, a head's scale
+    wide = step_bytes(config, "int8", 1500, kv="bfloat16") - step_bytes(config, "int8", 0)
+    assert wide == 2 * 2 * 24 * 1500 * 1024 * 2
+    assert step_bytes(config, "int4", 1500) - step_bytes(config, "int4", 0) == grown
+
+
+def test_more_requests_read_the_weights_once():
+    config = named_config("small")
+    one, eight = (step_bytes(config, "float32", 500, requests=n, text_tokens=64) for n in (1, 8))
+    assert eight - one == pytest.approx(7 * 4 * 2 * kv_numbers(config, 500))

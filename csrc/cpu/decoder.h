@@ -55,6 +55,9 @@ class DecoderCache {
     int capacity() const { return layers_[0].capacity; }
     int64_t bytes() const { return int64_t(memory_.size()); }
 
+    // Writes zeros to all of it.
+    void clear();
+
     // The first positions of all rows of a cache with as many layers and rows, of the same format.
     void copy_from(const DecoderCache& other, int positions);
 

@@ -17,6 +17,10 @@ DecoderCache::DecoderCache(KvFormat format, int layers, int rows, int heads, int
     }
 }
 
+void DecoderCache::clear() {
+    std::memset(memory_.get(), 0, memory_.size());
+}
+
 // Capacities may differ: the layout of a (row, head) is four arrays, each of which begins with its first positions.
 void DecoderCache::copy_from(const DecoderCache& other, int positions) {
     if (other.layers_.size() != layers_.size() || other.rows() != rows() ||

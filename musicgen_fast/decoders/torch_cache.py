@@ -25,6 +25,9 @@ class TensorCache:
     def capacity(self) -> int:
         return self.tensor.shape[4]
 
+    def clear(self) -> None:
+        self.tensor.zero_()
+
     def copy_from(self, other: TensorCache, positions: int) -> None:
         self.tensor[..., :positions, :] = other.tensor[..., :positions, :]
 

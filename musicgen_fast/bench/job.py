@@ -1,0 +1,59 @@
+"""What a process is asked to time, and what it may answer instead of times. Knows no provider."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from ..checkpoints import load_checkpoint
+from ..config import ModelConfig, named_config
+
+__all__ = ["AbsentError", "DTYPES", "Job", "PRECISIONS", "Run", "Step", "config_of"]
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+PRECISIONS = (*DTYPES, "int8", "int4")
+
+Step = Callable[[], None]  # to be called once a step
+Run = Callable[[Step, int], object]  # generate, from this position on
+
+
+@dataclass(frozen=True)
+class Job:
+    """`steps` columns from each of the positions `starts`, the first `warmup` of each block left out.
+
+    `requests` at once, with guidance: two rows each; `text_tokens` states in cross-attention.
+    """
+
+    provider: str
+    model: str = "random:small"
+    precision: str = "float32"
+    device: str = "cpu"
+    threads: int = 1
+    steps: int = 200
+    warmup: int = 20
+    starts: tuple[int, ...] = (0,)
+    requests: int = 1
+    text_tokens: int = 16
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the matrices; AbsentError where torch has no such type."""
+        if self.precision not in DTYPES:
+            raise AbsentError(f"{self.provider} has no {self.precision} here")
+        return DTYPES[self.precision]
+
+
+class AbsentError(Exception):
+    """This provider cannot run here; says why."""
+
+
+def config_of(model: str) -> ModelConfig:
+    """The sizes of `random:SIZE` or of a checkpoint (which is loaded for it). CheckpointError where there is none."""
+    if model.startswith("random:"):
+        try:
+            return named_config(model.removeprefix("random:"))
+        except ValueError:
+            pass  # the loader says it better
+    return load_checkpoint(model, dtype=None).config
