@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 import torch
 
-from musicgen_fast import MusicGen, cli_bench, native
+from musicgen_fast import MusicGen, native, cli_bench, native
 from musicgen_fast.bench import latency, machine, parity, providers, worker
 from musicgen_fast.bench.job import PRECISIONS, Job, config_of
 from musicgen_fast.bench.latency import Row
@@ -162,25 +162,26 @@ def test_the_read_touches_the_whole_buffer(monkeypatch, built):
     assert 1e8 < speed.median <= speed.best < 1e13
 
 
+@pytest.mark.parametrize("decoder", ["torch", "cpu"])
 @pytest.mark.parametrize("start", [0, 30])
-def test_a_late_start_costs_no_prefill_and_steps_as_often(model, monkeypatch, start):
+def test_a_late_start_costs_no_prefill_and_steps_as_often(model, monkeypatch, start, decoder):
+    monkeypatch.setenv("MUSICGEN_FAST_DECODER", decoder)
     lm: Any = MusicGen.get_pretrained(model, "cpu").lm
     inner, lengths, prefilled = lm.decoder, [], []
     real_step, real_prefill = inner.step, inner.prefill
 
     def stepped(*states: Any) -> None:
         lengths.append(list(states[0].lengths))
-        assert start == 0 or len(lengths) > 1 or not states[0].kv.any()
+        assert decoder == "cpu" or start == 0 or len(lengths) > 1 or not states[0].kv.tensor.any()
         real_step(*states)
 
     inner.step = stepped
     inner.prefill = lambda *given: prefilled.append(1) or real_prefill(*given)
-    inner.threads = 0
     monkeypatch.setattr(MusicGen, "get_pretrained", lambda *_, **__: SimpleNamespace(lm=lm))
     counted: list[int] = []
     job = Job("musicgen_fast", model, steps=12, threads=1, text_tokens=5)
     providers.ours(job)(lambda: counted.append(1), start)
-    assert len(counted) == 12 and inner.threads == 1
+    assert len(counted) == 12
     first = [start, start] if start else [1, 1]
     assert lengths[0] == first and lengths[-1] == [start + 11] * 2 and bool(prefilled) == (start == 0)
 
@@ -201,6 +202,7 @@ def test_parity_of_float32_and_bfloat16(model):
 @pytest.mark.parametrize("levels,ok", [(127, True), (7, False)])
 def test_parity_of_a_quantised_model(model, monkeypatch, levels, ok):
     """Weights on so many steps to either side in the place of an int8 decoder: 127 are enough, 7 are int4."""
+    monkeypatch.setenv("MUSICGEN_FAST_DECODER", "torch")
     real = MusicGen.get_pretrained
 
     def quantised(name: str, device: str, precision: str) -> Any:
@@ -218,7 +220,14 @@ def test_parity_of_a_quantised_model(model, monkeypatch, levels, ok):
     assert found["ok"] is ok and found["logits_error_limit"] == 0.015 and found["logits_error"] > 1e-4
 
 
+@pytest.mark.skipif(not native.available(), reason=f"int8 needs the C++ extension: {native.why_not()}")
+def test_parity_of_int8(model):
+    found = parity.parity(Job("musicgen_fast", model, "int8", steps=20))
+    assert found["ok"] is True and 1e-3 < found["logits_error"] < 0.015
+
+
 def test_parity_sees_a_wrong_decoder(model, monkeypatch):
+    monkeypatch.setenv("MUSICGEN_FAST_DECODER", "torch")
     real = MusicGen.get_pretrained
 
     def wrong(*args: Any, **options: Any) -> Any:
