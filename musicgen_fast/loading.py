@@ -47,11 +47,14 @@ def load_parts(
 ) -> Parts:
     """Load a checkpoint and build its parts; the arguments of `MusicGen.get_pretrained`."""
     device = pick_device(device)
-    precision = pick_precision(precision, device)
+    asked, precision = precision, pick_precision(precision, device)
     packed = packs(precision, device)
     # What is packed is rounded once, from what the file holds.
     dtype = None if packed and precision != "float32" else DTYPES[precision]
     checkpoint = load_checkpoint(name, text_encoder=text_encoder, dtype=dtype, revision=revision, cache_dir=cache_dir)
+    if checkpoint.packed is not None:
+        precision = _own_precision(checkpoint.name, checkpoint.packed.precision, asked, device)
+        packed = True
     transformer = _packed(checkpoint, precision) if packed else _unpacked(checkpoint, device)
     conditioner = Conditioner(
         checkpoint.config,
@@ -120,11 +123,26 @@ def packs(precision: str, device: torch.device) -> bool:
     return precision not in DTYPES or os.environ.get("MUSICGEN_FAST_DECODER", "") != "torch"
 
 
+def _own_precision(name: str, held: str, asked: str | None, device: torch.device) -> str:
+    """The precision of a file whose weights are packed: the only one that it can be served with, on a CPU."""
+    if device.type != "cpu":
+        raise CheckpointError(
+            f"{name} holds {held} weights packed for a CPU; take device='cpu', or the original checkpoint on {device}"
+        )
+    if asked not in (None, "auto", held):
+        raise CheckpointError(
+            f"{name} holds weights packed as {held}; for precision={asked!r} load the original checkpoint, or convert "
+            f"it again (musicgen-fast convert --to packed)"
+        )
+    return held
+
+
 def _packed(checkpoint: Checkpoint, precision: str) -> PackedTransformer:
     if precision == "int4":
         log.warning("int4 keeps 4 bits of each weight: other music, and mostly worse; int8 is the safe one")
     try:
-        return PackedTransformer(pack_weights(checkpoint.config, checkpoint.lm, precision))
+        packed = checkpoint.packed or pack_weights(checkpoint.config, checkpoint.lm, precision)
+        return PackedTransformer(packed)
     except ValueError as error:
         raise CheckpointError(f"{checkpoint.name}: {error}") from None
 

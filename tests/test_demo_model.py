@@ -20,7 +20,7 @@ from torch import Tensor
 from examples.demo_model import evaluate, ship
 from examples.demo_model.captions import caption
 from examples.demo_model.synth import compose, render
-from musicgen_fast import MusicGen
+from musicgen_fast import MusicGen, native
 from musicgen_fast.checkpoints.sources import EMBEDDED
 from musicgen_fast.evaluation import negative_log_likelihood, unigram_cross_entropy
 
@@ -179,11 +179,15 @@ def test_captions_are_read(model, held) -> None:
     assert own < none and own <= wrong - 0.2
 
 
-def test_bfloat16_predicts_as_well_as_float32(model, held) -> None:
+@pytest.mark.skipif(not native.available(), reason=f"packed weights need the C++ extension: {native.why_not()}")
+@pytest.mark.parametrize(("precision", "most"), [("bfloat16", 0.005), ("int8", 0.005), ("int4", 0.2)])
+def test_a_lower_precision_predicts_nearly_as_well(model, held, precision: str, most: float) -> None:
+    """Of the last 32 held-out songs: bfloat16 -0.003 %, int8 +0.022 %, int4 +6.6 % nats."""
     tokens, captions = held
-    rounded = MusicGen.get_pretrained("demo", device="cpu", precision="bfloat16")
+    rounded = MusicGen.get_pretrained("demo", device="cpu", precision=precision)
     exact = negative_log_likelihood(model.lm, tokens, captions).mean
-    assert math.isclose(negative_log_likelihood(rounded.lm, tokens, captions).mean, exact, rel_tol=0.005)
+    found = negative_log_likelihood(rounded.lm, tokens, captions).mean
+    assert math.isclose(found, exact, rel_tol=most) and found != exact
 
 
 @pytest.mark.slow

@@ -34,7 +34,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("saving",),
     ("engine", "slot_engine"),
     ("lm", "stream"),
-    ("loading", "live", "streaming", "settings"),
+    ("loading", "live", "streaming", "settings", "packed_files"),
     ("genmodel",),
     ("musicgen", "audiogen"),
     ("", "data", "models"),

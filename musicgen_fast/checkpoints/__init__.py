@@ -2,6 +2,7 @@
 
     load_checkpoint("facebook/musicgen-small")   a hub repository, either layout
     load_checkpoint("path/to/folder")            transformers' layout (config.json) or audiocraft's (state_dict.bin)
+    load_checkpoint("path/to/packed")            what `musicgen-fast convert --to packed` wrote (packed.json)
     load_checkpoint("demo")                      the small model that comes with this package
     load_checkpoint("random:small-stereo")       a released size with random weights, for benchmarks
 
@@ -20,7 +21,7 @@ import torch
 from ..errors import CheckpointError
 from .checkpoint import Checkpoint, TextSource, TextTokenizer
 from .layout import expected_shapes
-from .sources import Source, open_source, open_weights
+from .sources import LocalFolder, Source, open_source, open_weights
 
 __all__ = ["Checkpoint", "CheckpointError", "TextSource", "TextTokenizer", "expected_shapes", "load_checkpoint"]
 
@@ -34,6 +35,7 @@ def load_checkpoint(
     dtype: torch.dtype | None = torch.float32,
     revision: str | None = None,
     cache_dir: str | Path | None = None,
+    stream: bool = False,
 ) -> Checkpoint:
     """A model with its codec and text encoder (audiocraft `MusicGen.get_pretrained`, without building it).
 
@@ -42,8 +44,11 @@ def load_checkpoint(
             'demo' for the model in this package, or 'random:SIZE' (`config.named_config`) for random weights.
         text_encoder: folder or hub id of the T5 to use instead of the checkpoint's own.
         dtype: of the language model's matrices; None keeps the stored one. Norms and projections stay float32.
+            Packed weights stay what they are.
         revision: branch, tag or commit of a hub repository.
         cache_dir: of the hub; default: AUDIOCRAFT_CACHE_DIR of the environment for the model, else the hub's own.
+        stream: leave the language model in its file where that can be (transformers' layout): `lm` then gives each
+            tensor once, to `pop`, in the stored dtype.
 
     Raises:
         CheckpointError: nothing usable there; the message names the file, the key or field, and what to do.
@@ -63,7 +68,7 @@ def load_checkpoint(
     # as in audiocraft, the variable moves the model's own files; T5 and shared codecs stay in the hub's cache
     own_cache = cache_dir or os.environ.get("AUDIOCRAFT_CACHE_DIR") or None
     source = open_source(name_or_path, revision=revision, cache_dir=own_cache)
-    checkpoint = _load(source, name, text_encoder, dtype, cache_dir)
+    checkpoint = _load(source, name, text_encoder, dtype, cache_dir, stream)
     _check_parts_fit(checkpoint, source.label)
     return checkpoint
 
@@ -74,13 +79,27 @@ def _load(
     text_encoder: str | os.PathLike[str] | None,
     dtype: torch.dtype | None,
     cache_dir: str | Path | None,
+    stream: bool,
 ) -> Checkpoint:
-    """transformers' layout where a source has it whole (config.json and weights), else audiocraft's."""
+    """transformers' layout where a source has it whole (config.json and weights), else audiocraft's, else packed.
+
+    A folder with packed weights is that alone; a hub is asked for them last, which costs the other layouts no request.
+    """
     from .audiocraft import load_audiocraft
+    from .packed import load_packed
+    from .packed_settings import SETTINGS
+    from .streamed import stream_transformers
     from .transformers import load_transformers
 
+    settings_path = source.find(SETTINGS) if isinstance(source, LocalFolder) else None
+    if settings_path is not None:
+        return load_packed(source, settings_path, name=name, text_encoder=text_encoder, cache_dir=cache_dir)
     config_path = source.find("config.json")
     tensors = open_weights(source) if config_path is not None else None
+    if config_path is not None and tensors is not None and stream:
+        return stream_transformers(
+            source, config_path, tensors, name=name, text_encoder=text_encoder, cache_dir=cache_dir
+        )
     if config_path is not None and tensors is not None:
         return load_transformers(
             source, config_path, tensors, name=name, text_encoder=text_encoder, dtype=dtype, cache_dir=cache_dir
@@ -90,6 +109,9 @@ def _load(
         return load_audiocraft(
             source, state_path, name=name, text_encoder=text_encoder, dtype=dtype, cache_dir=cache_dir
         )
+    settings_path = source.find(SETTINGS)
+    if settings_path is not None:
+        return load_packed(source, settings_path, name=name, text_encoder=text_encoder, cache_dir=cache_dir)
     raise _nothing_found(source, config_path)
 
 

@@ -13,6 +13,7 @@ from typing import Any, Protocol
 from torch import Tensor
 
 from ..config import CodecConfig, ModelConfig
+from ..packing import PackedWeights
 
 __all__ = ["Checkpoint", "TextSource", "TextTokenizer"]
 
@@ -45,11 +46,13 @@ class Checkpoint:
     Attributes:
         name: what the caller asked for.
         config, codec_config: the shapes of everything.
-        lm: canonical names; matrices in the dtype asked for, norms and projections in float32.
+        lm: canonical names; matrices in the dtype asked for, norms and projections in float32. Empty where the weights
+            are packed.
         codec: canonical names, float32.
         text: the T5 encoder; None for a model without text.
         style: the style conditioner (audiocraft's names without `condition_provider.conditioners.self_wav.`, float32).
         xp_cfg: the training configuration of an audiocraft checkpoint, interpolations resolved.
+        packed: the language model of a packed folder, in place of `lm`.
     """
 
     name: str
@@ -60,3 +63,4 @@ class Checkpoint:
     text: TextSource | None = None
     style: dict[str, Tensor] | None = None
     xp_cfg: dict[str, Any] | None = None
+    packed: PackedWeights | None = None
