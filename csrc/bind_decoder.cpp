@@ -7,6 +7,7 @@
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/vector.h>
 
+#include <algorithm>
 #include <string>
 #include <utility>
 #include <vector>
@@ -30,7 +31,9 @@ void require(bool condition, const std::string& message) {
 // The weights of a decoder by name; keeps their arrays alive.
 class Named {
   public:
-    Named(const nb::dict& weights, const nb::dict& formats) : weights_(weights), formats_(formats) {}
+    // A copy: the caller's may lose an array later.
+    Named(const nb::dict& weights, const nb::dict& formats)
+        : weights_(nb::cast<nb::dict>(weights.attr("copy")())), formats_(formats) {}
 
     mgf::PackedMatrix matrix(const std::string& name, int n, int k) {
         require(formats_.contains(name.c_str()), name + " has no format");
@@ -67,6 +70,8 @@ mgf::DecoderWeights weights_of(Named& named, int dim, int heads, int layers, int
                                bool cross) {
     require(dim >= 1 && heads >= 1 && dim % heads == 0 && layers >= 1 && ffn >= 1 && codebooks >= 1 && vocab >= 1,
             "CpuDecoder: sizes are at least 1, and heads divide dim");
+    require(std::max({dim, layers, ffn, codebooks}) <= 1 << 16 && vocab <= 1 << 24 && codebooks <= (1 << 24) / vocab,
+            "CpuDecoder: sizes are at most 2^16, and the logits 2^24");
     mgf::DecoderWeights w = {};
     w.dim = dim, w.heads = heads, w.ffn = ffn, w.codebooks = codebooks, w.vocab = vocab, w.cross = cross;
     for (int i = 0; i < layers; ++i) {
@@ -83,6 +88,8 @@ mgf::DecoderWeights weights_of(Named& named, int dim, int heads, int layers, int
             layer.cross_q = named.matrix(at + "cross_q.weight", dim, dim);
             layer.cross_kv = named.matrix(at + "cross_kv.weight", 2 * dim, dim);
             layer.cross_out = named.matrix(at + "cross_out.weight", dim, dim);
+            require(i == 0 || layer.cross_kv.format == w.layers[0].cross_kv.format,
+                    "CpuDecoder: the cross_kv of all layers have one format");  // a text is prepared for all at once
         }
         w.layers.push_back(layer);
     }
@@ -116,13 +123,18 @@ class CpuDecoder {
     CpuDecoder(const nb::dict& weights, const nb::dict& formats, int dim, int heads, int layers, int ffn, int codebooks,
                int vocab, bool cross, int threads, const std::string& isa)
         : named_(weights, formats),
-          decoder_(weights_of(named_, dim, heads, layers, ffn, codebooks, vocab, cross), threads,
+          decoder_(weights_of(named_, dim, heads, layers, ffn, codebooks, vocab, cross), checked_threads(threads),
                    instruction_sets(isa).first, instruction_sets(isa).second) {}
 
     mgf::Pool& pool() { return decoder_.pool(); }
 
+    int positions() const { return decoder_.weights().num_positions; }
+
+    // A table that is no longer than what is there changes nothing: two Python threads may come with one each.
     void set_positions(Array<const float, 2> table) {
         require(int(table.shape(1)) == decoder_.weights().dim, "set_positions: table [P, dim]");
+        require(table.shape(0) <= 1 << 24, "set_positions: more than 2^24 positions");
+        if (int(table.shape(0)) <= positions()) return;
         decoder_.set_positions(table.data(), int(table.shape(0)));
         positions_ = table;
     }
@@ -157,6 +169,7 @@ class CpuDecoder {
             }
         }
         require(token == tokens.shape(0) && state == states.shape(0), "run: tokens or states are left over");
+        require_apart(pass.segments);
         require(!pass.tokens.empty(), "run: nothing to do");
         for (size_t i = 0; i < wanted.shape(0); ++i) {
             require(wanted(i) >= 0 && wanted(i) < int(pass.tokens.size()), "run: logits of a row that is not there");
@@ -170,6 +183,19 @@ class CpuDecoder {
     }
 
   private:
+    static int checked_threads(int threads) {
+        require(threads >= 0 && threads <= 4096, "CpuDecoder: threads are 0 (all that there are) to 4096");
+        return threads;
+    }
+
+    // Threads append to the rows of a pass side by side.
+    static void require_apart(const std::vector<mgf::Segment>& segments) {
+        std::vector<std::pair<const mgf::DecoderCache*, int>> rows;
+        for (const mgf::Segment& s : segments) rows.emplace_back(s.cache, s.row);
+        std::sort(rows.begin(), rows.end());
+        require(std::adjacent_find(rows.begin(), rows.end()) == rows.end(), "run: two segments in one row of a cache");
+    }
+
     mgf::Segment segment(const std::vector<CpuCache*>& caches, const int32_t* s) const {
         const auto cache = [&](int i) {
             require(i >= 0 && size_t(i) < caches.size() && caches[size_t(i)] != nullptr, "run: no such cache");
@@ -177,7 +203,7 @@ class CpuDecoder {
         };
         mgf::Segment segment = {cache(s[0]), s[1], s[2], s[3], nullptr, 0, 0};
         require(s[2] >= 0 && s[3] >= 1 && s[7] >= 0 && s[7] <= s[3], "run: positions of a segment");
-        require(s[2] + s[3] <= decoder_.weights().num_positions, "run: beyond the table of positions");
+        require(s[2] <= positions() - s[3], "run: beyond the table of positions");
         check_cache(*segment.cache, s[1], s[2] + s[3]);
         if (s[4] >= 0) {
             require(decoder_.weights().cross, "run: the layers have no cross-attention");
@@ -227,7 +253,8 @@ void bind_decoder(nb::module_& m) {
              "weights"_a, "formats"_a, "dim"_a, "heads"_a, "layers"_a, "ffn"_a, "codebooks"_a, "vocab"_a, "cross"_a,
              "threads"_a = 0, "isa"_a = "")
         .def_prop_ro("pool", &CpuDecoder::pool, nb::rv_policy::reference_internal)
-        .def("set_positions", &CpuDecoder::set_positions, "table"_a.noconvert())
+        .def_prop_ro("positions", &CpuDecoder::positions)
+        .def("set_positions", &CpuDecoder::set_positions, "table"_a.noconvert(), nb::lock_self())
         .def("project", &CpuDecoder::project, "states"_a, "text"_a, "row"_a)
         .def("run", &CpuDecoder::run, "caches"_a, "segments"_a.noconvert(), "tokens"_a.noconvert(),
              "states"_a.noconvert(), "wanted"_a.noconvert(), "logits"_a.noconvert(), "alike"_a = true);

@@ -9,7 +9,9 @@ and what is needed once a request come last.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import queue
+import threading
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
@@ -90,7 +92,7 @@ def pack_weights(config: ModelConfig, weights: dict[str, Tensor], precision: str
         MemoryError: no room.
     """
     layout = packed_layout(config, precision)
-    tensors = place(layout)
+    tensors: dict[str, Tensor] = {}
     projections = {n: weights.pop(n).float() for n in list(weights) if n.startswith(("text_proj.", "melody_proj."))}
 
     def fill(name: str, form: str | None) -> None:
@@ -101,10 +103,53 @@ def pack_weights(config: ModelConfig, weights: dict[str, Tensor], precision: str
         elif not native.extension().linear_pack(form, source.float().contiguous().numpy(), tensors[name].numpy()):
             raise ValueError(f"{name} holds NaN or infinite values: the checkpoint is broken, or too large for {form}")
 
-    with ThreadPoolExecutor(torch.get_num_threads()) as pool:
-        for done in [pool.submit(fill, name, form) for name, form, _ in layout]:
-            done.result()
+    try:
+        _on_all_threads(lambda: tensors.update(place(layout)), [(fill, name, form) for name, form, _ in layout])
+    except RuntimeError as error:  # torch has no MemoryError of its own, and Python none for threads
+        if "memory" not in str(error) and "new thread" not in str(error):
+            raise
+        raise MemoryError(f"no room to pack the weights as {precision}: {str(error).splitlines()[0]}") from None
     return PackedWeights(config, precision, tensors, {n: f for n, f, _ in layout if f is not None}, projections)
+
+
+def _on_all_threads(begin: Callable[[], None], calls: list[tuple]) -> None:
+    """`begin`, then the calls on as many threads as torch uses, this one among them.
+
+    The threads, and those of torch behind each, start before `begin` takes the memory: where they find no room for a
+    stack or for thread-local data, the C library and libgomp end the process.
+    """
+    others = torch.get_num_threads() - 1
+    todo: queue.SimpleQueue[tuple] = queue.SimpleQueue()
+    ready, go = threading.Semaphore(0), threading.Event()
+
+    def work() -> None:
+        while not todo.empty():
+            try:
+                function, *arguments = todo.get_nowait()
+            except queue.Empty:  # another thread was faster
+                return
+            function(*arguments)
+
+    def wait_and_work() -> None:
+        torch.zeros(1 << 16).add_(1)
+        ready.release()
+        go.wait()
+        work()
+
+    torch.zeros(1 << 16).add_(1)  # large enough to be shared among torch's threads
+    with ThreadPoolExecutor(max(1, others)) as pool:
+        try:
+            started = [pool.submit(wait_and_work) for _ in range(others)]
+            for _ in started:
+                ready.acquire()
+            begin()
+            for call in calls:
+                todo.put(call)
+        finally:
+            go.set()
+        work()
+        for done in started:
+            done.result()
 
 
 def place(layout: list[tuple[str, str | None, int]]) -> dict[str, Tensor]:

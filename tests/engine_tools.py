@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import math
+
+import pytest
 import torch
 from torch import Tensor
 
+from musicgen_fast import native
 from musicgen_fast.config import PatternConfig
+from musicgen_fast.decoders.cpu import CpuDecoder
 from musicgen_fast.decoders.torch import TorchDecoder
 from musicgen_fast.engine import Generation, generate
+from musicgen_fast.packing import pack_weights
 from musicgen_fast.sampling import SamplingParams
 from musicgen_fast.state import Branch, Conditions, Sampler
 from musicgen_fast.windows import WindowPlan, plan_windows
@@ -25,11 +31,19 @@ WAYS = {
 }
 
 
-class Counting(TorchDecoder):
-    """The torch decoder, which notes what it is asked to do."""
+# The tests of the engine run on both decoders: a fixture of theirs has these as its params.
+DECODERS = [
+    "torch",
+    pytest.param("cpu", marks=pytest.mark.skipif(not native.available(), reason=f"no extension: {native.why_not()}")),
+]
 
-    def __init__(self, transformer):
-        super().__init__(transformer)
+
+class Counting:
+    """Notes what a decoder is asked to do."""
+
+    def __init__(self, model, *args, **options):
+        super().__init__(*args, **options)
+        self.model = model
         self.prefilled, self.rows, self.projected, self.allocated = [], [], 0, 0
 
     def allocate(self, rows, capacity):
@@ -50,8 +64,31 @@ class Counting(TorchDecoder):
         self.rows.append(sum(len(state.lengths) for state in states))
 
 
-def decoder_for(kind: str = "cross", **sizes) -> Counting:
-    return Counting(random_model(kind, **sizes))
+class CountingTorch(Counting, TorchDecoder):
+    def __init__(self, transformer):
+        super().__init__(transformer, transformer)
+
+    def break_down(self) -> None:
+        """All further logits are NaN."""
+        self.model.norm.bias.data.fill_(math.nan)
+
+
+class CountingCpu(Counting, CpuDecoder):
+    """Attributes: `model`, the transformer whose weights were packed; `packed`, what the kernels read."""
+
+    def __init__(self, transformer, precision="float32", **options):
+        self.packed = pack_weights(transformer.config, dict(transformer.state_dict()), precision)
+        super().__init__(transformer, self.packed, **options)
+
+    def break_down(self) -> None:
+        """All further logits are NaN."""
+        self.packed.tensors["norm.bias"].view(torch.float32).fill_(math.nan)
+
+
+def build_decoder(decoder: str, kind: str = "cross", **sizes) -> CountingTorch | CountingCpu:
+    """`decoder` is one of `DECODERS`; the same weights in each."""
+    model = random_model(kind, **sizes)
+    return CountingTorch(model) if decoder == "torch" else CountingCpu(model)
 
 
 def texts(*lengths: int, seed: int = 0) -> list[Tensor]:

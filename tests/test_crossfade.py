@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -14,14 +16,29 @@ from musicgen_fast.sampling import SamplingParams
 from musicgen_fast.slot_engine import Request, SlotEngine
 from musicgen_fast.state import Branch, Conditions
 
-from .engine_tools import collected, decoder_for, plain, prompt_of, sampler_for, streamed, text_conditions, texts
+from .engine_tools import (
+    DECODERS,
+    build_decoder,
+    collected,
+    plain,
+    prompt_of,
+    sampler_for,
+    streamed,
+    text_conditions,
+    texts,
+)
 from .test_engine import SHORT, through_a_file
 
 CFG = 2.0
 
 
+@pytest.fixture(scope="module", params=DECODERS)
+def decoder_for(request):
+    return functools.partial(build_decoder, request.param)
+
+
 @pytest.fixture(scope="module")
-def decoder():
+def decoder(decoder_for):
     return decoder_for()
 
 
@@ -130,7 +147,7 @@ def test_resuming_within_and_behind_a_crossfade(decoder, seeds):
         assert torch.equal(torch.cat([*head, collected(run(saved))], 2), expected), stop
 
 
-def test_rows_and_caches_during_a_crossfade():
+def test_rows_and_caches_during_a_crossfade(decoder_for):
     decoder = decoder_for()
     changes = [Change(frame, text_conditions(1, seed=frame), 3) for frame in (5, 60, 80)]
     list(streamed(decoder, 100, text_conditions(1), sampler_for(1, seeds=[1]), changes=changes))
@@ -154,7 +171,7 @@ def test_requests_with_changes(decoder):
         engine.admit(request, request)
 
 
-def test_changes_that_cannot_be(decoder):
+def test_changes_that_cannot_be(decoder_for, decoder):
     conditions, other = text_conditions(1), text_conditions(1, seed=1)
     for changes, message in (
         ([Change(9, other), Change(4, other)], "not over at the next"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import types
 
 import pytest
@@ -9,17 +10,19 @@ import torch
 
 from musicgen_fast.config import GenerationParams, PatternConfig
 from musicgen_fast.engine import Generation, generate
+from musicgen_fast.packing import PackedWeights
 from musicgen_fast.pattern import build_pattern
 from musicgen_fast.shadow import Overlap, overlap_of
 from musicgen_fast.state import Branch, Conditions, Sampler
 from musicgen_fast.windows import WindowPlan
 
 from .engine_tools import (
+    DECODERS,
     STEREO,
     STRIDE,
     WINDOW,
+    build_decoder,
     collected,
-    decoder_for,
     plain,
     prompt_of,
     sampler_for,
@@ -59,8 +62,13 @@ def check(decoder, total, conditions, sampler_of, **options):
     return tokens
 
 
+@pytest.fixture(scope="module", params=DECODERS)
+def decoder_for(request):
+    return functools.partial(build_decoder, request.param)
+
+
 @pytest.fixture(scope="module")
-def decoder():
+def decoder(decoder_for):
     return decoder_for()
 
 
@@ -84,7 +92,7 @@ def test_batches_branches_and_filters(decoder, branches, way, seeds):
 
 
 @pytest.mark.parametrize("seeds", [None, [3, 4]], ids=["noise", "seed"])
-def test_stereo(seeds):
+def test_stereo(decoder_for, seeds):
     decoder = decoder_for(num_codebooks=8, pattern=STEREO)
     for total in (70, 85):
         check(decoder, total, text_conditions(2), lambda: sampler_for(2, "top-k", seeds, 8))
@@ -102,7 +110,7 @@ def test_stereo(seeds):
     ],
     ids=["parallel", "late", "gaps", "empty", "one"],
 )
-def test_other_delays(pattern, codebooks, seeds):
+def test_other_delays(decoder_for, pattern, codebooks, seeds):
     """No tail, a first codebook that is late, delays with gaps, more special columns, a single codebook."""
     decoder = decoder_for(num_codebooks=codebooks, pattern=pattern)
     for total in (70, 85):
@@ -161,14 +169,14 @@ def test_where_a_shadow_just_fits(decoder, conditions, options, prefills):
 
 
 @pytest.mark.parametrize("kind", ["unroll", "flatten_first"])
-def test_patterns_that_are_no_delays(conditions, kind):
+def test_patterns_that_are_no_delays(decoder_for, conditions, kind):
     pattern = PatternConfig(flatten_first=3) if kind == "flatten_first" else PatternConfig(kind=kind)
     decoder = decoder_for(pattern=pattern)
     check(decoder, 60, conditions, lambda: sampler_for(1))
     assert len(decoder.prefilled) == 6, "three windows, both ways"
 
 
-def test_conditions_per_window_are_asked_for_in_turn():
+def test_conditions_per_window_are_asked_for_in_turn(decoder_for):
     """Prefixes are cut anew per window: asked for at the change, not before (what draws them is in order)."""
     decoder = decoder_for("prefix")
     asked = {
@@ -197,7 +205,7 @@ def test_texts_may_change_from_window_to_window(decoder):
     assert not torch.equal(tokens, plain(decoder, 60, asked[0], sampler_for(1, seeds=[1])))
 
 
-def test_no_step_at_a_change_is_long_and_nothing_is_computed_twice(conditions):
+def test_no_step_at_a_change_is_long_and_nothing_is_computed_twice(decoder_for, conditions):
     """Counted: one prefill of one position, at most twice the rows, one projection of the text, two caches."""
     decoder = decoder_for()
     generation = streamed(decoder, 200, conditions, sampler_for(1, seeds=[1]))
@@ -251,23 +259,25 @@ def test_endless_runs_keep_no_more_than_two_windows(decoder, conditions):
     for _ in range(2):
         for _ in range(5 * STRIDE):
             next(generation)
-        sizes.append(sum(t.untyped_storage().nbytes() for t in tensors_of(generation)))
+        sizes.append(bytes_of(generation))
     for _ in range(12 * STRIDE):
         next(generation)
-    sizes.append(sum(t.untyped_storage().nbytes() for t in tensors_of(generation)))
+    sizes.append(bytes_of(generation))
     assert sizes[0] == sizes[1] == sizes[2]
 
 
-def tensors_of(root) -> list[torch.Tensor]:
-    """Every tensor reachable from an object of the engine, once a storage; the model and its functions left out."""
+def bytes_of(root) -> int:
+    """Of every tensor and cache reachable from an object of the engine; the model and its functions left out."""
     found, seen, todo = {}, set(), [root]
     while todo:
         x = todo.pop()
-        if id(x) in seen or isinstance(x, (type, types.FunctionType, types.ModuleType, torch.nn.Module)):
+        if id(x) in seen or isinstance(x, (type, types.FunctionType, types.ModuleType, torch.nn.Module, PackedWeights)):
             continue
         seen.add(id(x))
         if isinstance(x, torch.Tensor):
-            found[x.untyped_storage().data_ptr()] = x
+            found[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
+        elif type(x).__name__ == "CpuCache":
+            found[id(x)] = x.bytes
         elif isinstance(x, dict):
             todo += x.values()
         elif isinstance(x, (list, tuple, set)):
@@ -275,7 +285,7 @@ def tensors_of(root) -> list[torch.Tensor]:
         elif type(x).__module__.startswith("musicgen_fast") or type(x).__module__.startswith("tests"):
             slots = [n for n in dir(type(x)) if isinstance(getattr(type(x), n), types.MemberDescriptorType)]
             todo += [getattr(x, name) for name in slots] + list(getattr(x, "__dict__", {}).values())
-    return list(found.values())
+    return sum(found.values())
 
 
 def test_overlaps_of_tables():

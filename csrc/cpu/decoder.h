@@ -6,8 +6,8 @@
 // weights alone: not on the other rows, the threads, or how its positions were cut into passes.
 #pragma once
 
+#include <atomic>
 #include <cstdint>
-#include <mutex>
 #include <vector>
 
 #include "cpu/attention.h"
@@ -87,6 +87,9 @@ class Decoder {
   public:
     // What the pointers of `weights` name must outlive the decoder. Sizes are the caller's to check.
     Decoder(DecoderWeights weights, int threads, LinearIsa linear, Isa attention);
+    ~Decoder();
+    Decoder(const Decoder&) = delete;
+    Decoder& operator=(const Decoder&) = delete;
 
     const DecoderWeights& weights() const { return weights_; }
     Pool& pool() { return pool_; }
@@ -103,16 +106,17 @@ class Decoder {
   private:
     class Worker;
     struct Scratch;
-    Scratch scratch(int rows);
+    struct Desk;
+    Desk& desk();
+    Scratch scratch(Desk& desk, int rows) const;
 
     DecoderWeights weights_;
     const LinearKernels& linear_;
     const AttentionKernels& attention_;
     const NormKernels& norm_;
     Pool pool_;
-    std::mutex busy_;
-    Pages memory_;  // scratch, kept from pass to pass
-    size_t prepared_each_ = 0, attention_each_ = 0;
+    std::atomic<Desk*> desk_;
+    size_t prepared_each_ = 0;
 };
 
 }  // namespace mgf

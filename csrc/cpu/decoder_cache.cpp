@@ -9,8 +9,16 @@ namespace mgf {
 
 DecoderCache::DecoderCache(KvFormat format, int layers, int rows, int heads, int head_dim, int capacity) {
     if (layers < 1) throw std::invalid_argument("a cache needs at least one layer");
+    constexpr int kMost = 1 << 24;  // of each; keeps the products below within 64 bits, after the check of their size
+    if (std::max({layers, rows, heads, head_dim, capacity}) > kMost) {
+        throw std::invalid_argument("a cache of more than 2^24 layers, rows, heads, dims or positions");
+    }
+    constexpr double kBytes = double(int64_t(1) << 56);  // no machine has so many
+    if (16.0 * layers * rows * heads * (head_dim + 15.0) * (capacity + 15.0) > kBytes) {
+        throw NoRoom(size_t(kBytes), "keys and values");
+    }
     KvCache layer = kv_layout(format, rows, heads, head_dim, capacity);
-    memory_ = Pages(size_t(layer.bytes()) * size_t(layers));
+    memory_ = Pages(size_t(layer.bytes()) * size_t(layers), "keys and values");
     for (int i = 0; i < layers; ++i) {
         layer.data = memory_.get() + layer.bytes() * i;
         layers_.push_back(layer);
@@ -31,6 +39,7 @@ void DecoderCache::copy_from(const DecoderCache& other, int positions) {
     if (positions < 0 || positions > std::min(capacity(), other.capacity())) {
         throw std::invalid_argument("copy_from: more positions than the caches have");
     }
+    if (&other == this) return;
     const size_t whole = size_t(positions + 15) / 16 * 16;
     for (size_t i = 0; i < layers_.size(); ++i) {
         const KvCache &to = layers_[i], &from = other.layers_[i];

@@ -1,6 +1,7 @@
 // Pages: an anonymous mapping with huge pages on Linux, the C++ heap elsewhere.
 #include "cpu/memory.h"
 
+#include <cstdio>
 #include <cstring>
 #include <new>
 #include <utility>
@@ -11,30 +12,34 @@
 
 namespace mgf {
 
+NoRoom::NoRoom(size_t bytes, const char* purpose) noexcept {
+    std::snprintf(message_, sizeof message_, "no room for %.1f MiB of %s", double(bytes) / (1 << 20), purpose);
+}
+
 #if defined(__linux__)
 namespace {
 
 constexpr size_t kHuge = size_t(2) << 20;
 
 // Private, not shared: shared memory gets no transparent huge pages.
-unsigned char* map(size_t bytes) {
+unsigned char* map(size_t bytes, const char* purpose) {
     void* const data = mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
-    if (data == MAP_FAILED) throw std::bad_alloc();
+    if (data == MAP_FAILED) throw NoRoom(bytes, purpose);
     return static_cast<unsigned char*>(data);
 }
 
 }  // namespace
 
-Pages::Pages(size_t bytes) {
+Pages::Pages(size_t bytes, const char* purpose) {
     if (bytes == 0) return;
     // Small ones stay on small pages: a tiny model would take 2 MB for each of its buffers.
     if (bytes < kHuge) {
-        data_ = map(bytes_ = bytes);
+        data_ = map(bytes, purpose), bytes_ = bytes;
         return;
     }
     // One huge page more than asked for, so that the rest can begin on the boundary of one; what is left over goes
     // back.
-    unsigned char* const all = map(bytes + kHuge);
+    unsigned char* const all = map(bytes + kHuge, purpose);
     const size_t before = (kHuge - reinterpret_cast<size_t>(all) % kHuge) % kHuge;
     if (before > 0) munmap(all, before);
     const size_t kept = (bytes + 4095) / 4096 * 4096;
@@ -47,10 +52,11 @@ Pages::~Pages() {
     if (data_ != nullptr) munmap(data_, bytes_);
 }
 #else
-Pages::Pages(size_t bytes) : bytes_(bytes) {
+Pages::Pages(size_t bytes, const char* purpose) {
     if (bytes == 0) return;
-    data_ = static_cast<unsigned char*>(::operator new(bytes, std::align_val_t(64)));
-    std::memset(data_, 0, bytes);
+    data_ = static_cast<unsigned char*>(::operator new(bytes, std::align_val_t(64), std::nothrow));
+    if (data_ == nullptr) throw NoRoom(bytes, purpose);
+    std::memset(data_, 0, bytes_ = bytes);
 }
 
 Pages::~Pages() {

@@ -2,14 +2,25 @@
 #pragma once
 
 #include <cstddef>
+#include <new>
 
 namespace mgf {
 
-// Zeros at first, and not taken from the machine before they are touched. Throws std::bad_alloc.
+// A std::bad_alloc (a MemoryError in Python) that says how much was asked for, and what for.
+class NoRoom : public std::bad_alloc {
+  public:
+    NoRoom(size_t bytes, const char* purpose) noexcept;
+    const char* what() const noexcept override { return message_; }
+
+  private:
+    char message_[128];  // in here, as there may be no room elsewhere
+};
+
+// Zeros at first, and not taken from the machine before they are touched. Throws NoRoom.
 class Pages {
   public:
     Pages() = default;
-    explicit Pages(size_t bytes);
+    Pages(size_t bytes, const char* purpose);
     ~Pages();
     Pages(Pages&& other) noexcept;
     Pages& operator=(Pages&& other) noexcept;

@@ -21,8 +21,6 @@ namespace mgf {
 
 // ---- the threads ----
 
-namespace {
-
 int process_id() {
 #if defined(__unix__) || defined(__APPLE__)
     return int(getpid());
@@ -30,6 +28,8 @@ int process_id() {
     return 0;
 #endif
 }
+
+namespace {
 
 // A worker's mailbox: `orders` counts the regions it was called to. Others are not disturbed by a region without them.
 struct Worker {

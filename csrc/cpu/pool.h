@@ -101,6 +101,9 @@ class Pool {
     std::atomic<Crew*> crew_;
 };
 
+// Another one after fork: how an object knows that its threads and locks were the parent's.
+int process_id();
+
 // Processors that this process may use: its affinity mask, cut to the quota of its cgroups (v1 and v2, every level),
 // rounded up; at least 1. `root` stands before /proc and /sys, for tests; `affinity` <= 0 asks the system.
 int available_threads(const std::string& root = "", int affinity = 0);

@@ -54,6 +54,8 @@ class CpuDecoder:
         c = self.config = packed.config
         self.precision = packed.precision
         self.kv = _KV_FORMATS[packed.precision] if kv is None else kv
+        if self.kv not in _KV_FORMATS.values():
+            raise ValueError(f"unknown format {kv!r} of keys and values: expected float32, bfloat16 or int8")
         extension = native.extension()
         allowed = extension.available_threads()
         self._native = extension.CpuDecoder(
@@ -62,7 +64,6 @@ class CpuDecoder:
             vocab=c.vocab_size, cross=c.conditioning == "cross",
             threads=min(torch.get_num_threads(), allowed) if threads is None else threads, isa=isa,
         )  # fmt: skip
-        self._positions = 0
 
     @property
     def threads(self) -> int:
@@ -169,7 +170,8 @@ class CpuDecoder:
         lengths = [len(p) for p in prefixes] or [0] * rows
         total = max(lengths) + columns
         assert total <= cache.capacity, f"{total} positions do not fit a cache of {cache.capacity}"
-        result = torch.empty(rows, columns - wanted, codebooks, self.config.vocab_size)
+        # numpy's memory: where there is none it says MemoryError, torch RuntimeError
+        result = torch.from_numpy(np.empty((rows, columns - wanted, codebooks, self.config.vocab_size), np.float32))
         each = max(1, _ROWS_PER_PASS // rows)
         for first in range(0, total, each):
             part = _Pass([cache] if texts is None else [cache, texts.cache])
@@ -193,22 +195,21 @@ class CpuDecoder:
         c = self.config
         segments = np.array(part.segments, dtype=np.int32)
         self._require_positions(int((segments[:, 2] + segments[:, 3]).max()))
-        logits = torch.empty(len(part.wanted), c.num_codebooks * c.vocab_size)
+        logits = np.empty((len(part.wanted), c.num_codebooks * c.vocab_size), np.float32)
         self._native.run(
             part.caches,
             segments,
             torch.cat(part.tokens).contiguous().numpy(),
             torch.cat(part.states).numpy() if part.states else np.empty((0, c.dim), dtype=np.float32),
             np.array(part.wanted, dtype=np.int32),
-            logits.numpy(),
+            logits,
             alike,
         )
-        return logits.unflatten(1, (c.num_codebooks, -1))
+        return torch.from_numpy(logits).unflatten(1, (c.num_codebooks, -1))
 
     def _require_positions(self, count: int) -> None:
-        if self._positions < count:
-            self._positions = max(count, 2048)
-            self._native.set_positions(position_table(self._positions, self.config.dim).contiguous().numpy())
+        if self._native.positions < count:  # two threads may come here at once: the longer table stays
+            self._native.set_positions(position_table(max(count, 2048), self.config.dim).contiguous().numpy())
 
 
 @dataclass
