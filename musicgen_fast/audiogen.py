@@ -23,9 +23,14 @@ class AudioGen(GenerationModel):
         precision: str | None = None,
         revision: str | None = None,
         cache_dir: str | Path | None = None,
+        base: str | Path | None = None,
+        adapter: str | Path | None = None,
+        adapter_scale: float = 1.0,
     ) -> AudioGen:
         """Load a model; the arguments are those of `MusicGen.get_pretrained`."""
-        parts = load_parts(name, device, text_encoder, precision, revision, cache_dir)
+        parts = load_parts(
+            name, device, text_encoder, precision, revision, cache_dir, None, base, adapter, adapter_scale
+        )
         if parts.lm.config.melody is not None or parts.lm.config.style is not None:
             raise ValueError(f"{parts.name} is conditioned on audio: load it with MusicGen.get_pretrained")
         return AudioGen(parts.name, parts.codec, parts.lm)

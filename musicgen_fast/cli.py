@@ -1,6 +1,6 @@
-"""The command line: `musicgen-fast generate`, `info` and `bench`, also `python -m musicgen_fast`.
+"""The command line: `musicgen-fast generate`, `info`, `convert`, `doctor` and `bench`, also `python -m musicgen_fast`.
 
-Options, help, error messages and exit codes. What the commands do is in `cli_generate.py` and `cli_info.py`, which are
+Options, help, error messages and exit codes. What the commands do is in `cli_generate.py`, `cli_info.py` and so on,
 imported when they run: `--help` and mistakes on the command line cost no import of torch.
 """
 
@@ -14,6 +14,7 @@ from collections.abc import Sequence
 
 from . import __version__
 from .cli_bench import add_commands as add_bench_commands
+from .cli_commands import EXIT_CODES, OTHERS, place_options
 from .cli_output import FORMATS, logging_to_stderr, name_template
 from .config import GenerationParams
 
@@ -26,13 +27,6 @@ examples:
   musicgen-fast generate "ambient pads" --endless -o - | aplay -f S16_LE -r 32000 -c 1
   musicgen-fast generate "add drums" --continue song.ogg --continue-seconds 5 --duration 20
   musicgen-fast generate "string quartet" -m facebook/musicgen-melody --melody tune.wav
-"""
-_EXIT_CODES = """\
-exit codes:
-  0    done
-  1    failed: the message says why; files written so far are complete and stay
-  2    a mistake on the command line; nothing was done
-  130  interrupted with Ctrl-C; files written so far are complete and stay
 """
 
 
@@ -93,37 +87,26 @@ def build_parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.Argument
     parser = argparse.ArgumentParser(
         prog="musicgen-fast",
         description="Music from text with MusicGen models.",
-        epilog=f"{_EXAMPLES}\n{_EXIT_CODES}",
+        epilog=f"{_EXAMPLES}\n{EXIT_CODES}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--version", action="version", version=f"musicgen-fast {__version__}")
-    commands = parser.add_subparsers(dest="command", metavar="{generate,info,bench}", required=True)
+    commands = parser.add_subparsers(dest="command", metavar="{generate,info,convert,doctor,bench}", required=True)
     generate = commands.add_parser(
         "generate",
         help="make music: one sound file and one JSON file for every piece",
         usage="%(prog)s [options] [PROMPT ...]",
         description="Make music. Writes a sound file for every piece, and beside it a JSON file with its prompt,\n"
         "every parameter and the seed. Options may be spelled with - or with _.",
-        epilog=f"{_EXAMPLES}\n{_EXIT_CODES}",
+        epilog=f"{_EXAMPLES}\n{EXIT_CODES}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
     generate.set_defaults(run=_run_generate, command="generate")
     for add in (_prompt_options, _model_options, _sampling_options, _audio_options, _output_options):
         add(generate)
-    info = commands.add_parser(
-        "info",
-        help="what a model is: sizes, parameters, memory",
-        description="What a model is: sizes, conditioning, codec, parameters, memory. Reads config.json where there is "
-        "one; audiocraft's files are loaded.",
-        allow_abbrev=False,
-    )
-    info.set_defaults(run=_run_info, command="info")
-    info.add_argument("model", metavar="MODEL", help="hub id, short name, folder, demo or random:SIZE")
-    info.add_argument("--json", action="store_true", help="print JSON")
-    _place_options(info)
-    info.add_argument("-v", "--verbose", action="store_true", help="tracebacks of errors")
-    return parser, {"generate": generate, "info": info, **add_bench_commands(commands)}
+    others = {name: add(commands) for name, add in OTHERS.items()}
+    return parser, {"generate": generate, **others, **add_bench_commands(commands)}
 
 
 def _run_generate(args: argparse.Namespace) -> int:
@@ -133,12 +116,6 @@ def _run_generate(args: argparse.Namespace) -> int:
         from .cli_stream import run
     else:
         from .cli_generate import run
-    return run(args)
-
-
-def _run_info(args: argparse.Namespace) -> int:
-    from .cli_info import run
-
     return run(args)
 
 
@@ -186,6 +163,14 @@ def _model_options(parser: argparse.ArgumentParser) -> None:
         "faster still, and audibly worse (default: auto)",
     )  # fmt: skip
     group.add_argument("--text-encoder", metavar="NAME", help="folder or hub id of the T5, for files without one")
+    group.add_argument(
+        "--base", metavar="NAME", help="the model that a fine-tune was made from: lends codec and T5 to files without"
+    )
+    group.add_argument("--adapter", metavar="NAME", help="folder or hub id of a LoRA adapter (PEFT) for the model")
+    group.add_argument(
+        "--adapter-scale", type=float, default=1.0, metavar="X",
+        help="how much of the adapter; 0: nothing (default: 1)",
+    )  # fmt: skip
     group.add_argument("--style-encoder", metavar="NAME", help="folder or hub id of MERT, for style models")
     group.add_argument(
         "--batch-size", type=_count, metavar="N", help="pieces made at the same time (default: 1 on a CPU, 8 on a GPU)"
@@ -194,12 +179,7 @@ def _model_options(parser: argparse.ArgumentParser) -> None:
         "--compat", choices=("isolated", "audiocraft"), default="isolated",
         help="isolated: a piece does not depend on its batch; audiocraft: its padding of batches (default: isolated)",
     )  # fmt: skip
-    _place_options(group)
-
-
-def _place_options(parser: argparse._ActionsContainer) -> None:
-    parser.add_argument("--revision", metavar="REV", help="branch, tag or commit on the hub")
-    parser.add_argument("--cache-dir", metavar="DIR", help="where the hub's files are kept")
+    place_options(group)
 
 
 def _sampling_options(parser: argparse.ArgumentParser) -> None:

@@ -44,7 +44,8 @@ def load(job: Job) -> MusicGen:
     args = job.args
     if job.model_name.startswith("random:"):
         say(args, f"{job.model_name} has random weights: expect noise")
-    say(args, f"loading {job.model_name} ({job.device}, {job.precision})")
+    merged = f" with {args.adapter} x {args.adapter_scale:g}" if args.adapter else ""
+    say(args, f"loading {job.model_name}{merged} ({job.device}, {job.precision})")
     started = time.perf_counter()
     model = MusicGen.get_pretrained(
         job.model_name,
@@ -54,6 +55,9 @@ def load(job: Job) -> MusicGen:
         precision=job.precision,
         revision=args.revision,
         cache_dir=args.cache_dir,
+        base=args.base,
+        adapter=args.adapter,
+        adapter_scale=args.adapter_scale,
     )
     _log.info("loaded in %.1f s", time.perf_counter() - started)
     params = job.params
@@ -121,6 +125,9 @@ def facts_of(model: MusicGen, job: Job, request: Request) -> dict[str, Any]:
         "revision": job.args.revision,
         "text_encoder": job.args.text_encoder,
         "style_encoder": job.args.style_encoder,
+        "base": job.args.base,
+        "adapter": job.args.adapter,
+        "adapter_scale": job.args.adapter_scale if job.args.adapter else None,
         "parameters": asdict(model.params()),
         "window": model.max_duration,
         "recording": recording,

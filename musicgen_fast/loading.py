@@ -44,6 +44,9 @@ def load_parts(
     revision: str | None = None,
     cache_dir: str | Path | None = None,
     style_encoder: str | Path | None = None,
+    base: str | Path | None = None,
+    adapter: str | Path | None = None,
+    adapter_scale: float = 1.0,
 ) -> Parts:
     """Load a checkpoint and build its parts; the arguments of `MusicGen.get_pretrained`."""
     device = pick_device(device)
@@ -51,7 +54,10 @@ def load_parts(
     packed = packs(precision, device)
     # What is packed is rounded once, from what the file holds.
     dtype = None if packed and precision != "float32" else DTYPES[precision]
-    checkpoint = load_checkpoint(name, text_encoder=text_encoder, dtype=dtype, revision=revision, cache_dir=cache_dir)
+    checkpoint = load_checkpoint(
+        name, text_encoder=text_encoder, dtype=dtype, revision=revision, cache_dir=cache_dir,
+        base=base, adapter=adapter, adapter_scale=adapter_scale,
+    )  # fmt: skip
     if checkpoint.packed is not None:
         precision = _own_precision(checkpoint.name, checkpoint.packed.precision, asked, device)
         packed = True
@@ -160,14 +166,23 @@ def _text_encoder(checkpoint: Checkpoint, device: torch.device) -> Any:
     source = checkpoint.text
     if source is None:
         return None
-    from .conditioning.text import TextEncoder, build_t5
-
-    if source.tokenizer is not None:
-        return TextEncoder(build_t5(source.config, source.tensors), source.tokenizer, device)
-    if source.tokenizer_folder is None:
+    if source.tokenizer is None and source.tokenizer_folder is None:
         log.warning("%s has no tokenizer files (spiece.model or tokenizer.json): it cannot read texts", source.origin)
         return None
-    return TextEncoder.from_weights(source.config, source.tensors, source.tokenizer_folder, device)
+    from .conditioning.text import TextEncoder, TextTokenizer, build_t5
+
+    tokenizer: Any = source.tokenizer
+    what = f"{source.tokenizer_folder}: its vocabulary"
+    try:  # other people's constructors, on fields that they first look at now: they may raise anything
+        if source.tokenizer_folder is not None:
+            tokenizer = TextTokenizer.load(source.tokenizer_folder)
+        what = f"{source.origin}: the text encoder's configuration"
+        t5 = build_t5(source.config, source.tensors, device)
+    except CheckpointError:
+        raise
+    except Exception as error:
+        raise CheckpointError(f"{what} cannot be used ({error})") from error
+    return TextEncoder(t5, tokenizer, device)
 
 
 def _style(checkpoint: Checkpoint, device: torch.device, style_encoder: str | Path | None) -> Any:

@@ -45,13 +45,17 @@ class MusicGen(GenerationModel):
         precision: str | None = None,
         revision: str | None = None,
         cache_dir: str | Path | None = None,
+        base: str | Path | None = None,
+        adapter: str | Path | None = None,
+        adapter_scale: float = 1.0,
     ) -> MusicGen:
         """Load a model.
 
         Args:
             name: a hub id, a short name (small, medium, large, melody, style), a local folder in transformers' or
-                audiocraft's layout, "demo" for the small chip-tune model that comes with this package (no network; see
-                assets/demo/README.md), or "random:small[-stereo][-melody]" for random weights of a released size.
+                audiocraft's layout, a fine-tune in one file (see `base`), "demo" for the small chip-tune model that
+                comes with this package (no network; see assets/demo/README.md), or "random:small[-stereo][-melody]"
+                for random weights of a released size.
             device: 'cpu', 'cuda' or 'cuda:N'; default: 'cuda' where there is a GPU, else 'cpu'.
             text_encoder: folder or hub id of the T5, for audiocraft folders that come without one.
             style_encoder: folder or hub id of MERT for style models; default: a folder mert/ beside, else the hub's.
@@ -60,11 +64,17 @@ class MusicGen(GenerationModel):
                 float32 on a CPU (the reference's tokens), float16 on a GPU. The residual stream and the norms are
                 fp32 in any case.
             revision, cache_dir: as in huggingface_hub. With HF_HUB_OFFLINE=1 nothing is asked of the network.
+            base: the model that a fine-tune was trained from. It lends what the fine-tune's files lack: to a file with
+                a language model alone (`lm.state_dict()`, Lightning's last.ckpt) configuration, codec and T5.
+            adapter: folder or hub id of a LoRA adapter of PEFT, merged into the weights while they load.
+            adapter_scale: multiplies the adapter's update; 1 is the adapter as trained, 0 the model without it.
 
         Raises:
             CheckpointError: nothing there, damaged or unsupported files, missing keys; names the file and the key.
         """
-        parts = load_parts(name, device, text_encoder, precision, revision, cache_dir, style_encoder)
+        parts = load_parts(
+            name, device, text_encoder, precision, revision, cache_dir, style_encoder, base, adapter, adapter_scale
+        )
         return MusicGen(parts.name, parts.codec, parts.lm)
 
     def set_generation_params(

@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import shutil
 from pathlib import Path
+from typing import Any
 
 from . import native
 from .checkpoints import Checkpoint, CheckpointError, load_checkpoint
@@ -29,6 +30,7 @@ def convert_to_packed(
     revision: str | None = None,
     cache_dir: str | Path | None = None,
     overwrite: bool = False,
+    **patches: Any,
 ) -> None:
     """Load a checkpoint in any layout and write it packed. The language model is read tensor by tensor where its file
     allows (transformers' layout): memory then holds the packed weights and some matrices, never the original's.
@@ -38,6 +40,7 @@ def convert_to_packed(
         out: the folder to write; it must not exist, or be empty.
         precision: 'float32', 'bfloat16', 'int8' or 'int4'.
         overwrite: replace `out` where it is a packed folder; never anything else.
+        patches: `base`, `adapter` and `adapter_scale` of `load_checkpoint`.
 
     Raises:
         ValueError: an unknown precision, or no C++ extension, which packs.
@@ -47,7 +50,7 @@ def convert_to_packed(
     _check_precision(precision)
     _check_place(Path(out), overwrite)  # before the work, not only after it
     checkpoint = load_checkpoint(
-        source, text_encoder=text_encoder, dtype=None, revision=revision, cache_dir=cache_dir, stream=True
+        source, text_encoder=text_encoder, dtype=None, revision=revision, cache_dir=cache_dir, stream=True, **patches
     )
     write_packed(checkpoint, out, precision, overwrite=overwrite)
 

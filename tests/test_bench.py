@@ -16,8 +16,8 @@ from typing import Any
 import pytest
 import torch
 
-from musicgen_fast import MusicGen, native, cli_bench, native
-from musicgen_fast.bench import latency, machine, parity, providers, worker
+from musicgen_fast import MusicGen, cli_bench, machine, native
+from musicgen_fast.bench import latency, parity, providers, worker
 from musicgen_fast.bench.job import PRECISIONS, Job, config_of
 from musicgen_fast.bench.latency import Row
 from musicgen_fast.checkpoints.write import write_transformers_folder

@@ -173,8 +173,7 @@ def test_pickled_omegaconf_configuration(exported, checkpoint):
 def test_torchscript_archives_are_refused(exported):
     module = torch.jit.trace(torch.nn.Linear(2, 2), torch.ones(1, 2))
     module.save(str(exported / "state_dict.bin"))
-    with pytest.warns(UserWarning, match="TorchScript"):
-        refused(exported, "state_dict.bin")
+    refused(exported, "state_dict.bin", "TorchScript", "not run")
 
 
 def test_zip_of_something_else(exported):

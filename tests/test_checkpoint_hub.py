@@ -194,10 +194,10 @@ def test_names_that_are_neither(hub, name, words):
     assert not hub.asked
 
 
-def test_a_file_is_not_a_checkpoint(tmp_path):
-    folder = write_audiocraft(tmp_path, tiny())
+def test_a_file_of_a_folder_is_not_a_checkpoint(tmp_path):
+    folder = write_transformers(tmp_path, tiny())
     with pytest.raises(CheckpointError, match="give the folder"):
-        load_checkpoint(folder / "state_dict.bin")
+        load_checkpoint(folder / "model.safetensors")
     (tmp_path / "other").mkdir()
     with pytest.raises(CheckpointError, match="no config.json or state_dict.bin"):
         load_checkpoint(tmp_path / "other")

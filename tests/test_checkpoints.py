@@ -89,6 +89,25 @@ def test_half_precision_files(tmp_path):
         assert torch.equal(stored[name].float(), tensor.half().float())
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("options", [{}, {"form": "bin"}, {"shards": 3}, {"form": "bin", "shards": 2}])
+def test_half_precision_transformers_files(tmp_path, dtype, options):
+    """Everything is 16 bit, T5 and codec included, as `save_pretrained` leaves a model that was loaded so."""
+    from safetensors.torch import load_file, save_file
+
+    written = tiny()
+    folder = write_transformers(tmp_path, written, old_norms=True, **options)
+    for path in (*folder.glob("*.safetensors"), *folder.glob("*.bin")):
+        read, save = (load_file, save_file) if path.suffix == ".safetensors" else (torch.load, torch.save)
+        save({name: tensor.to(dtype) for name, tensor in read(path).items()}, path)
+    loaded, stored = load_checkpoint(folder), load_checkpoint(folder, dtype=None)
+    for name, tensor in written.lm.items():
+        assert torch.equal(loaded.lm[name], tensor.to(dtype).float())
+        small = tensor.dim() < 2 or "_proj." in name
+        assert stored.lm[name].dtype == (torch.float32 if small else dtype)
+    assert {tensor.dtype for part in (loaded.codec, loaded.text.tensors) for tensor in part.values()} == {torch.float32}
+
+
 def test_loaded_tensors_do_not_depend_on_the_file(tmp_path):
     """A mapped file that is overwritten would change weights under a running model."""
     for name, folder in (

@@ -89,6 +89,7 @@ def test_options_reach_the_model(run: Runner, models: Path, monkeypatch: pytest.
 
     monkeypatch.setattr(MusicGen, "get_pretrained", staticmethod(get_pretrained))
     loading = "-m small -d cpu --precision bfloat16 --revision r --cache-dir c --text-encoder t --style-encoder s"
+    loading += " --base b --adapter a --adapter-scale 0.5"
     sampling = "--top-p 0.8 --top-k 3 --cfg 1.5 --cfg-coef-beta 2 --two-step-cfg --temp 0.7 --extend-stride 0.5"
     assert run("drum", *loading.split(), *sampling.split(), "--compat", "audiocraft")[0] == 0
     assert seen == {
@@ -99,6 +100,9 @@ def test_options_reach_the_model(run: Runner, models: Path, monkeypatch: pytest.
         "cache_dir": "c",
         "text_encoder": "t",
         "style_encoder": "s",
+        "base": "b",
+        "adapter": "a",
+        "adapter_scale": 0.5,
     }
     note = sidecar()
     assert note["parameters"] == {
@@ -114,6 +118,7 @@ def test_options_reach_the_model(run: Runner, models: Path, monkeypatch: pytest.
     }
     assert (note["compat"], note["precision"], note["revision"]) == ("audiocraft", "bfloat16", "r")
     assert (note["model"], note["text_encoder"]) == ("facebook/musicgen-small", "t")
+    assert (note["base"], note["adapter"], note["adapter_scale"]) == ("b", "a", 0.5)
 
 
 @pytest.mark.parametrize(

@@ -164,6 +164,7 @@ def test_no_room_for_threads():
 
 @needs_proc
 def test_threads_die_with_the_decoder():
+    gc.collect()  # decoders of other tests
     before = thread_count()
     decoder = decoder_of(model_of("cross"), threads=3)
     decoded(decoder, **inputs_of(decoder.config))

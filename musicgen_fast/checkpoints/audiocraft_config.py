@@ -10,7 +10,7 @@ from __future__ import annotations
 from ..config import MelodyConfig, ModelConfig, PatternConfig, StyleConfig, TextConfig
 from ..errors import CheckpointError
 from ..pattern import build_pattern
-from .xp_config import Section
+from .xp_config import Section, shown
 
 __all__ = ["check_family", "model_config", "text_encoder_name"]
 
@@ -92,7 +92,7 @@ def model_config(root: Section, text_dim: int | None) -> ModelConfig:
             dim=dim,
             num_layers=lm.positive("num_layers", most=1024),
             num_heads=lm.positive("num_heads", 8),
-            ffn_dim=int(lm.number("hidden_scale", 4) * dim),
+            ffn_dim=_ffn_dim(lm, dim),
             num_codebooks=codebooks,
             vocab_size=lm.positive("card", 1024),
             pattern=pattern,
@@ -102,7 +102,7 @@ def model_config(root: Section, text_dim: int | None) -> ModelConfig:
             style=_style(conditioners.section("self_wav")) if kind == "style" else None,
             audio_channels=_channels(root, codebooks),
             max_duration=seconds,
-            cfg_coef=root.section("classifier_free_guidance").number("inference_coef", 3.0),
+            cfg_coef=root.section("classifier_free_guidance").finite("inference_coef", 3.0),
             two_step_cfg=lm.flag("two_step_cfg"),
             family=_family(root, has_wav=kind is not None),
         )
@@ -112,13 +112,20 @@ def model_config(root: Section, text_dim: int | None) -> ModelConfig:
         raise CheckpointError(f"{root.label}{error}") from error
 
 
+def _ffn_dim(lm: Section, dim: int) -> int:
+    width = lm.finite("hidden_scale", 4) * dim
+    if not 1 <= width <= 1 << 24:
+        raise CheckpointError(f"{lm.name('hidden_scale')} is {lm.get('hidden_scale')}, expected a number like 4")
+    return int(width)
+
+
 def _check_transformer(lm: Section) -> None:
     for field, (default, computed) in _COMPUTED.items():
         lm.refuse_unless(field, default, computed)
     known = {*_COMPUTED, *_READ, *_NO_EFFECT}
     for field, value in lm.values.items():
         if field not in known and value not in (None, False):
-            raise CheckpointError(f"{lm.name(field)} is {value!r}; this package does not know that option")
+            raise CheckpointError(f"{lm.name(field)} is {shown(value)}; this package does not know that option")
 
 
 def _conditioning(root: Section, conditioners: Section) -> str:
@@ -130,7 +137,7 @@ def _conditioning(root: Section, conditioners: Section) -> str:
     fuser.refuse_unless("cross_attention_pos_emb", False, False, None)
     cross, prefix = fuser.names("cross"), fuser.names("prepend")
     present = {name for name in conditioners.values if name != "args"}
-    for name in sorted(present - {"description", "self_wav"}):
+    for name in sorted(present - {"description", "self_wav"}, key=str):
         raise CheckpointError(f"{conditioners.name(name)}: the supported conditions are 'description' and 'self_wav'")
     if "description" in present:
         conditioners.section("description").refuse_unless("model", None, "t5")
@@ -140,7 +147,7 @@ def _conditioning(root: Section, conditioners: Section) -> str:
     if set(cross) | set(prefix) != present or len(cross) + len(prefix) != len(present):
         raise CheckpointError(
             f"{fuser.label} cross {list(cross)} and prepend {list(prefix)} do not place each of the conditions "
-            f"{sorted(present)} once"
+            f"{sorted(present, key=str)} once"
         )
     if cross not in ((), ("description",)) or (cross and prefix):
         raise CheckpointError(f"{fuser.name('cross')} is {list(cross)} with prepend {list(prefix)}: not supported")
@@ -152,6 +159,9 @@ def text_encoder_name(root: Section) -> str:
     return str(root.section("conditioners").section("description").section("t5").get("name", "t5-base"))
 
 
+_MOST_CHROMA = 256  # the filters of a spectrum are a matrix of this by half a window
+
+
 def _melody(conditioner: Section, seconds: float) -> MelodyConfig:
     chroma = conditioner.section("chroma_stem")
     for field, default in (("winlen", None), ("winhop", None), ("nfft", None)):
@@ -161,8 +171,8 @@ def _melody(conditioner: Section, seconds: float) -> MelodyConfig:
         raise CheckpointError(f"{chroma.name('norm')} is {norm!r}; this package computes only the infinity norm")
     return MelodyConfig(
         sample_rate=chroma.positive("sample_rate", 32000),
-        n_chroma=chroma.positive("n_chroma", 12),
-        radix2_exp=chroma.positive("radix2_exp", 14, most=20),
+        n_chroma=chroma.positive("n_chroma", 12, most=_MOST_CHROMA),
+        radix2_exp=chroma.positive("radix2_exp", 14, most=17),
         duration=seconds,
         argmax=chroma.flag("argmax"),
     )
@@ -176,9 +186,9 @@ def _style(conditioner: Section) -> StyleConfig:
     style = conditioner.section("style")
     style.refuse_unless("model_name", None, "mert")
     scale = style.get("transformer_scale", "default")
-    if scale not in _STYLE_SCALES:
+    if not isinstance(scale, str) or scale not in _STYLE_SCALES:
         known = ", ".join(_STYLE_SCALES)
-        raise CheckpointError(f"{style.name('transformer_scale')} is {scale!r}, expected one of {known}")
+        raise CheckpointError(f"{style.name('transformer_scale')} is {shown(scale)}, expected one of {known}")
     width, heads, layers = _STYLE_SCALES[scale]
     return StyleConfig(
         sample_rate=style.positive("sample_rate", 32000),
@@ -221,7 +231,7 @@ def _pattern(section: Section, lm: Section, codebooks: int) -> PatternConfig:
         raise CheckpointError(f"{section.name(pattern.kind)} has a step of {max(steps)}, at most {_LONGEST_DELAY}")
     try:
         build_pattern(pattern, codebooks, 4)
-    except (ValueError, IndexError) as error:
+    except (ValueError, LookupError, ArithmeticError) as error:
         raise CheckpointError(f"{section.name('modeling')}: {error}") from error
     return pattern
 

@@ -12,6 +12,7 @@ from typing import Any
 
 from ..config import CodecConfig
 from ..errors import CheckpointError
+from .xp_config import shown
 
 __all__ = ["codec_config_from_audiocraft", "codec_config_from_transformers"]
 
@@ -44,6 +45,9 @@ _SEANET_FIELDS = (
     ("lstm", "lstm_layers", 0),
 )
 _MAY_BE_ZERO = {"num_residual_layers", "lstm_layers"}
+# so that a damaged file cannot ask for more layers than there is time to list them
+_MOST = {"num_residual_layers": 64, "lstm_layers": 64, "num_codebooks": 256, "compress": 1 << 10, "ratios": 1 << 10}
+_LARGEST = 1 << 20
 
 
 def codec_config_from_transformers(config: Mapping[str, Any]) -> CodecConfig:
@@ -68,10 +72,12 @@ def codec_config_from_transformers(config: Mapping[str, Any]) -> CodecConfig:
     one = math.ceil(fields["sample_rate"] / math.prod(ratios)) * bits  # bit/s of a codebook
     try:
         codebooks = int(1000 * bandwidths[-1] // one)  # in this order: transformers' rounding
-    except (TypeError, IndexError, ZeroDivisionError):
+    except (TypeError, ValueError, LookupError, ArithmeticError):
         codebooks = 0
-    if codebooks < 1:
-        raise CheckpointError(f"target_bandwidths is {bandwidths!r}, expected kbit/s; one codebook takes {one / 1000}")
+    if not 1 <= codebooks <= _MOST["num_codebooks"]:
+        raise CheckpointError(
+            f"target_bandwidths is {shown(bandwidths)}, expected kbit/s; one codebook takes {one / 1000}"
+        )
     return CodecConfig(**fields, ratios=ratios, pad_mode=config.get("pad_mode", "reflect"), num_codebooks=codebooks)
 
 
@@ -87,11 +93,14 @@ def codec_config_from_audiocraft(cfg: Mapping[str, Any]) -> CodecConfig:
     encodec, seanet, rvq = (cfg.get(name) for name in ("encodec", "seanet", "rvq"))
     for name, section in (("encodec", encodec), ("seanet", seanet), ("rvq", rvq)):
         if not isinstance(section, Mapping):
-            raise CheckpointError(f"{name} is {section!r}; the configuration of an EnCodec has that section")
+            raise CheckpointError(f"{name} is {shown(section)}; the configuration of an EnCodec has that section")
     assert isinstance(encodec, Mapping) and isinstance(seanet, Mapping) and isinstance(rvq, Mapping)
     for key, values in (("autoencoder", ("seanet",)), ("quantizer", ("rvq",)), ("renormalize", (False, None)),
                         ("causal", (False, None))):  # fmt: skip
         _refuse_unless(encodec, key, values[0], values, "encodec.")
+    for key in ("encoder", "decoder", "activation_params"):
+        if not isinstance(seanet.get(key) or {}, Mapping):
+            raise CheckpointError(f"seanet.{key} is {shown(seanet[key])}, expected a mapping")
     sides = [{**seanet, **(seanet.get(side) or {})} for side in ("encoder", "decoder")]
     decoder = sides[1]
     for side in sides:
@@ -99,7 +108,7 @@ def codec_config_from_audiocraft(cfg: Mapping[str, Any]) -> CodecConfig:
     for key in (*(name for name, _, _ in _SEANET_FIELDS), "ratios", "pad_mode"):
         if sides[0].get(key) != decoder.get(key):
             raise CheckpointError(
-                f"seanet.{key} is {sides[0].get(key)!r} in the encoder and {decoder.get(key)!r} in the decoder; "
+                f"seanet.{key} is {shown(sides[0].get(key))} in the encoder, {shown(decoder.get(key))} in the decoder; "
                 "only codecs with the same on both sides are supported"
             )
     rate = encodec if "sample_rate" in encodec else cfg
@@ -135,19 +144,21 @@ def _refuse_unless(
     if value not in accepted:
         wanted = " or ".join(repr(v) for v in accepted if v is not None) or "unset"
         missing = "" if key in config else " (its default)"
-        raise CheckpointError(f"{where}{key} is {value!r}{missing}; this codec is not supported, only {wanted}")
+        raise CheckpointError(f"{where}{key} is {shown(value)}{missing}; this codec is not supported, only {wanted}")
 
 
 def _whole(config: Mapping[str, Any], key: str, default: int | None, field: str, where: str = "") -> int:
     value = config.get(key, default)
     least = 0 if field in _MAY_BE_ZERO else 1
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or value != int(value) or value < least:
-        raise CheckpointError(f"{where}{key} is {value!r}, expected a whole number of at least {least}")
+    most = _MOST.get(field, _LARGEST)
+    number = not isinstance(value, bool) and isinstance(value, (int, float))
+    if not number or not least <= value <= most or value != int(value):
+        raise CheckpointError(f"{where}{key} is {shown(value)}, expected a whole number from {least} to {most}")
     return int(value)
 
 
 def _ratios(config: Mapping[str, Any], key: str, where: str = "") -> tuple[int, ...]:
     values = config.get(key, (8, 5, 4, 2))
-    if not isinstance(values, (list, tuple)) or not values:
-        raise CheckpointError(f"{where}{key} is {values!r}, expected a list of strides")
+    if not isinstance(values, (list, tuple)) or not 0 < len(values) <= 16:
+        raise CheckpointError(f"{where}{key} is {shown(values)}, expected a list of up to 16 strides")
     return tuple(_whole({key: value}, key, None, "ratios", where) for value in values)

@@ -21,6 +21,7 @@ from torch import Tensor
 from ..config import CodecConfig
 from ..errors import CheckpointError
 from .codec_config import codec_config_from_audiocraft, codec_config_from_transformers
+from .files import checked_tensor
 
 __all__ = ["canonical_codec_weights", "codec_config_from_audiocraft", "codec_config_from_transformers"]
 
@@ -122,7 +123,7 @@ def canonical_codec_weights(tensors: Mapping[str, Tensor], config: CodecConfig, 
     weights = {}
     for layer, part in zip(layers, parts, strict=True):
         for name, shape in layer.tensors().items():
-            found = [tensors[each].to(torch.float32) for each in part[name]]
+            found = [checked_tensor(tensors[each], each, source).to(torch.float32) for each in part[name]]
             gain = (shape[0], *(1 for _ in shape[1:]))
             for each, tensor, expected in zip(part[name], found, [gain, shape] if found[1:] else [shape], strict=True):
                 if tuple(tensor.shape) != expected:

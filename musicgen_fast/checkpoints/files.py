@@ -8,18 +8,23 @@ come first; the tensors handed out may be views of the mapped file, so callers c
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from ..errors import CheckpointError
 from .pickled import load_pickle
+from .xp_config import shown
 
-__all__ = ["TensorFiles", "check_is_weights", "read_json"]
+__all__ = ["TensorFiles", "check_is_weights", "checked_tensor", "read_json"]
 
-_JSON_LIMIT = 64 << 20  # bytes; a real config has 8 kB, the index of a sharded model 200 kB
+_JSON_LIMIT = 4 << 20  # bytes; a real config has 8 kB, the index of a sharded model 200 kB
+_SHARING = 4  # tensors of a torch file may share memory (tied tables do), but not without end
+_HEADER_LIMIT = 8 << 20  # bytes of a safetensors header; a released model has 60 to 200 kB
 
 
 def check_is_weights(path: Path) -> None:
@@ -50,7 +55,9 @@ def read_json(path: Path) -> dict[str, Any]:
         if path.stat().st_size > _JSON_LIMIT:
             raise CheckpointError(f"{path} has {path.stat().st_size} bytes, too many for a configuration file")
         value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+    except (OSError, ValueError, RecursionError) as error:  # ValueError: of JSON, of UTF-8, of 5000 digits
+        if isinstance(error, CheckpointError):
+            raise
         if path.is_file():
             text = path.read_bytes()[:64].lstrip()
             if text.startswith(b"version https://git-lfs"):
@@ -59,6 +66,26 @@ def read_json(path: Path) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise CheckpointError(f"{path} holds a JSON {type(value).__name__}, expected an object")
     return value
+
+
+_REAL = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+
+
+def checked_tensor(tensor: Tensor, name: str, label: str) -> Tensor:
+    """`tensor` as it is. CheckpointError unless it holds finite numbers in a precision of weights."""
+    if tensor.dtype not in _REAL:
+        raise CheckpointError(f"{label}: {name!r} holds {tensor.dtype}, expected real numbers")
+    if not _finite(tensor):
+        raise CheckpointError(f"{label}: {name!r} holds NaN or infinity; the training diverged or the file is damaged")
+    return tensor
+
+
+def _finite(tensor: Tensor) -> bool:
+    """In one pass, faster than isfinite: NaN and infinities survive a sum and an extremum (16 bit: 0.4 ns a number)."""
+    if tensor.dtype in (torch.float16, torch.bfloat16):
+        low, high = torch.aminmax(tensor) if tensor.numel() else (tensor.sum(), tensor.sum())
+        return math.isfinite(low) and math.isfinite(high)
+    return math.isfinite(tensor.sum()) or bool(torch.isfinite(tensor).all())
 
 
 class TensorFiles(Mapping[str, Tensor]):
@@ -105,6 +132,10 @@ class TensorFiles(Mapping[str, Tensor]):
             return
         from safetensors import SafetensorError, safe_open
 
+        with open(path, "rb") as file:
+            header = int.from_bytes(file.read(8), "little")
+        if _HEADER_LIMIT < header < path.stat().st_size:
+            raise CheckpointError(f"{path}: its safetensors header has {header} bytes, no list of tensors is that long")
         try:
             handle = safe_open(str(path), framework="pt", device="cpu")
         except (SafetensorError, OSError, ValueError) as error:
@@ -117,11 +148,15 @@ class TensorFiles(Mapping[str, Tensor]):
     def _add_tensors(self, tensors: Any, path: Path) -> None:
         if not isinstance(tensors, Mapping):
             raise CheckpointError(f"{path} holds a {type(tensors).__name__}, expected a dict of tensors")
+        size, total = path.stat().st_size, 0
         for name, tensor in tensors.items():
             if not isinstance(name, str) or not isinstance(tensor, Tensor):
-                raise CheckpointError(f"{path}: {name!r} holds a {type(tensor).__name__}, expected a tensor")
+                raise CheckpointError(f"{path}: {shown(name)} holds a {type(tensor).__name__}, expected a tensor")
             if tensor.device.type != "cpu" or tensor.is_quantized or tensor.layout.__str__() != "torch.strided":
                 raise CheckpointError(f"{path}: {name!r} is not a plain dense tensor")
+            total += tensor.numel() * tensor.element_size()
+            if total > _SHARING * size:  # one number on disk can be a tensor of any shape, every stride 0
+                raise CheckpointError(f"{path}: its tensors claim {total} bytes, the file has {size}")
             self._files[name] = path
             self._tensors[name] = tensor
 
@@ -151,6 +186,10 @@ class TensorFiles(Mapping[str, Tensor]):
         except (SafetensorError, OSError, ValueError) as error:
             raise CheckpointError(f"{path}: {name!r} cannot be read ({error}); download it again") from error
 
+    def real(self, name: str) -> Tensor:
+        """A tensor as stored. CheckpointError unless it holds finite numbers in a precision of weights."""
+        return checked_tensor(self[name], name, self.where(name))
+
     def __iter__(self) -> Iterator[str]:
         return iter(self._files)
 
@@ -168,7 +207,7 @@ def _weight_map(index: Path) -> dict[str, str]:
         raise CheckpointError(f"{index} has no 'weight_map'; it is not the index of a sharded model")
     for name, shard in mapping.items():
         if not isinstance(shard, str) or Path(shard).name != shard or shard in ("", ".", ".."):
-            raise CheckpointError(f"{index}: the shard of {name!r} is {shard!r}, expected a plain file name")
+            raise CheckpointError(f"{index}: the shard of {name!r} is {shown(shard)}, expected a plain file name")
     return mapping
 
 

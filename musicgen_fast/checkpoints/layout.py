@@ -8,7 +8,7 @@ piece into place. Letters: K codebooks, V vocabulary, d width, D width of the te
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -18,9 +18,14 @@ from ..config import ModelConfig, StyleConfig
 from ..errors import CheckpointError
 from .files import TensorFiles
 
-__all__ = ["Piece", "assemble", "check", "check_nothing_left", "expected_shapes", "stays_float32", "style_shapes"]
+__all__ = [
+    *("Edits", "Piece", "assemble", "check", "check_nothing_left", "expected_shapes"),
+    *("stays_float32", "style_shapes"),
+]
 
 Shape = tuple[int, ...]
+# canonical name -> a change of that tensor, in place, while it is float32 (an adapter's update)
+Edits = Mapping[str, Callable[[Tensor], None]]
 
 
 def expected_shapes(config: ModelConfig) -> list[tuple[str, Shape]]:
@@ -130,34 +135,38 @@ def _listed(names: list[str]) -> str:
     return shown if len(names) <= 3 else f"{shown} and {len(names) - 3} more"
 
 
-def assemble(plan: Plan, tensors: TensorFiles, dtype: torch.dtype | None) -> dict[str, Tensor]:
+def assemble(
+    plan: Plan, tensors: TensorFiles, dtype: torch.dtype | None, edits: Edits | None = None
+) -> dict[str, Tensor]:
     """Canonical tensors in memory of their own, matrices in `dtype` (None: as stored), the rest in float32.
 
-    Each source is let go of after its last use, so the peak is the result and one tensor of the file.
+    Each source is let go of after its last use, so the peak is the result and one tensor of the file. A tensor with an
+    edit is put together in float32, edited, and only then rounded.
     """
+    edits = edits or {}
     uses = Counter(piece.name for parts in plan.values() for piece in parts)
+    absent = sorted(set(edits) - set(plan))
+    if absent:
+        raise CheckpointError(f"{tensors.label} has no {_listed(absent)}, which the adapter updates")
     result: dict[str, Tensor] = {}
     for name, parts in plan.items():
         rows = sum(piece.stop - piece.start for piece in parts)
         shape = (rows, *parts[0].shape[1:])
         wanted = torch.float32 if stays_float32(name, len(shape)) else dtype
+        held = torch.float32 if name in edits else wanted
         target: Tensor | None = None
         done = 0
         for piece in parts:
-            source = _real(tensors, piece.name)
-            target = torch.empty(shape, dtype=wanted or source.dtype) if target is None else target
+            source = tensors.real(piece.name)
+            wanted = wanted or source.dtype
+            target = torch.empty(shape, dtype=held or source.dtype) if target is None else target
             target[done : done + piece.stop - piece.start].copy_(source[piece.start : piece.stop])
             done += piece.stop - piece.start
             uses[piece.name] -= 1
             if not uses[piece.name]:
                 tensors.release(piece.name)
         assert target is not None
-        result[name] = target
+        if name in edits:
+            edits[name](target)
+        result[name] = target.to(wanted)
     return result
-
-
-def _real(tensors: TensorFiles, name: str) -> Tensor:
-    tensor = tensors[name]
-    if not tensor.is_floating_point():
-        raise CheckpointError(f"{tensors.where(name)}: {name!r} holds {tensor.dtype}, expected real numbers")
-    return tensor

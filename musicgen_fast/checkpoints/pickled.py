@@ -3,7 +3,7 @@
 `torch.load(weights_only=True)` builds tensors and plain containers only. Some published files also carry OmegaConf
 nodes and numpy scalars (a configuration that was pickled whole); those names resolve to `Inert`, a class that stores
 what it is given and does nothing, so such files load and neither omegaconf nor numpy code runs. Any other global is
-refused. There is no second attempt with `weights_only=False`.
+refused, by `pickle_check.py` before torch sees the file. There is no second attempt with `weights_only=False`.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from ..errors import CheckpointError
+from .pickle_check import check_pickle
 
 __all__ = ["load_pickle", "plain_config"]
 
@@ -77,38 +78,43 @@ def load_pickle(path: Path) -> Any:
     Raises:
         CheckpointError: anything but tensors, plain containers and the stand-ins; a truncated or damaged file.
     """
+    check_pickle(path, _NAMES)
     with open(path, "rb") as file:
         is_zip = file.read(4) == b"PK\x03\x04"
     try:
         with _LOCK, torch.serialization.safe_globals(_stand_ins()):
             return torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
     except Exception as error:
-        raise CheckpointError(_explain(path, error)) from None  # torch's text advises to try weights_only=False
+        lines = str(error).rpartition("WeightsUnpickler error: ")[2].strip().splitlines()
+        shown = lines[0].split(". ")[0][:200] if lines else type(error).__name__
+        raise CheckpointError(  # from None: torch's text advises to try weights_only=False
+            f"{path} cannot be read as weights ({shown}): truncated, damaged or not a torch file; download it again"
+        ) from None
 
 
-def _explain(path: Path, error: Exception) -> str:
-    reason = str(error)
-    for start in ("Unsupported global: GLOBAL ", "Trying to load unsupported GLOBAL "):
-        if start in reason:
-            name = reason.split(start, 1)[1].split()[0]
-            return (
-                f"{path} was refused and nothing in it was run: its pickle asks for {name}, which no weights need. "
-                "If you trust its author, ask for (or make) a safetensors file"
-            )
-    lines = reason.rpartition("WeightsUnpickler error: ")[2].strip().splitlines()
-    shown = lines[0].split(". ")[0][:200] if lines else type(error).__name__
-    return f"{path} cannot be read as weights ({shown}): truncated, damaged or not a torch file; download it again"
+_NODES = 100_000  # of a configuration: a real one has about a thousand
 
 
 def plain_config(node: Any) -> Any:
-    """Dicts, lists and scalars of a pickled OmegaConf tree (made of `Inert`); other values come back as they are."""
-    if isinstance(node, Inert):
-        state = node.state[0] if isinstance(node.state, tuple) and node.state else node.state
-        if isinstance(state, dict):
-            return plain_config(state.get("_content", state.get("_val")))
-        return None
-    if isinstance(node, dict):
-        return {key: plain_config(value) for key, value in node.items()}
-    if isinstance(node, list):
-        return [plain_config(value) for value in node]
-    return node
+    """Dicts, lists and scalars of a pickled OmegaConf tree (made of `Inert`); other values come back as they are.
+
+    Raises:
+        ValueError: a tree that is endless or doubles with every level, as references to shared nodes can make it.
+    """
+    left = [_NODES]
+
+    def plain(node: Any, depth: int) -> Any:
+        left[0] -= 1
+        if left[0] < 0 or depth > 100:
+            raise ValueError("too many values, or nested too deeply")
+        if isinstance(node, Inert):
+            state = node.state[0] if isinstance(node.state, tuple) and node.state else node.state
+            content = state.get("_content", state.get("_val")) if isinstance(state, dict) else None
+            return plain(content, depth + 1)
+        if isinstance(node, dict):
+            return {key: plain(value, depth + 1) for key, value in node.items()}
+        if isinstance(node, (list, tuple)):
+            return [plain(value, depth + 1) for value in node]
+        return node
+
+    return plain(node, 0)

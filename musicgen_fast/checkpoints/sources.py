@@ -14,7 +14,7 @@ from typing import Protocol
 from ..errors import CheckpointError
 from .files import TensorFiles, shard_names
 
-__all__ = ["EMBEDDED", "Source", "open_source", "open_weights"]
+__all__ = ["EMBEDDED", "Source", "kind_of", "open_source", "open_weights"]
 
 # Models that come with the package, made by examples/demo_model. A folder of the same name is reached as "./demo".
 EMBEDDED = {"demo": Path(__file__).resolve().parent.parent / "assets" / "demo"}
@@ -39,7 +39,7 @@ class LocalFolder:
 
     def find(self, name: str) -> Path | None:
         path = self.path / name
-        return path if path.is_file() else None
+        return path if kind_of(path) == "file" else None
 
     def missing(self, *names: str) -> CheckpointError:
         return CheckpointError(f"{self.label} has no {' or '.join(names)}; the checkpoint is incomplete")
@@ -112,6 +112,22 @@ def _first_line(error: Exception) -> str:
     return f"{type(error).__name__}: {lines[0][:200]}" if lines else type(error).__name__
 
 
+def local_path(text: str) -> Path:
+    """The path that a user's text means, `~` included."""
+    try:
+        return Path(text).expanduser()
+    except RuntimeError:  # no such user
+        return Path(text)
+
+
+def kind_of(path: Path) -> str | None:
+    """'file' or 'folder'; None for everything else, names that no file can have included."""
+    try:
+        return "folder" if path.is_dir() else "file" if path.is_file() else None
+    except (OSError, ValueError):  # too long, a zero byte, no permission
+        return None
+
+
 def open_source(
     name: str | os.PathLike[str], *, revision: str | None = None, cache_dir: str | Path | None = None
 ) -> Source:
@@ -123,15 +139,17 @@ def open_source(
     text = os.fspath(name)
     if name in EMBEDDED:
         return LocalFolder(EMBEDDED[text])
-    path = Path(text).expanduser()
-    if text and path.is_dir():
+    path = local_path(text)
+    if text and kind_of(path) == "folder":
         return LocalFolder(path)
-    if path.is_file():
+    if kind_of(path) == "file":
         raise CheckpointError(f"{path} is a file; give the folder that holds the whole checkpoint")
     if "://" in text:
         raise CheckpointError(f"{text}: URLs are not fetched; download the checkpoint and give its folder, or a hub id")
-    if not isinstance(name, str) or not re.fullmatch(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?", text):
-        raise CheckpointError(f"{text!r} is neither an existing folder nor the id of a hub repository (owner/name)")
+    if not isinstance(name, str) or not re.fullmatch(r"[A-Za-z0-9][\w.-]{0,95}(/[A-Za-z0-9][\w.-]{0,95})?", text):
+        raise CheckpointError(
+            f"{text[:200]!r} is neither an existing folder nor the id of a hub repository (owner/name)"
+        )
     return HubRepo(text, revision, cache_dir)
 
 

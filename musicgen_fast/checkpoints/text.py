@@ -17,7 +17,7 @@ from .checkpoint import TextSource
 from .files import TensorFiles, read_json
 from .layout import Piece, Shape, check
 from .sources import LocalFolder, Source, open_source, open_weights
-from .xp_config import Section
+from .xp_config import Section, shown
 
 __all__ = ["find_tokenizer", "open_text_source", "read_text_source", "text_from_tensors"]
 
@@ -60,7 +60,7 @@ def text_from_tensors(config: dict[str, Any], tensors: TensorFiles, prefix: str,
     for name, shape in text_shapes(config, origin):
         plan[name] = [Piece.whole(table if name == "shared.weight" else prefix + name, shape)]
     check(plan, tensors)
-    weights = {name: tensors[parts[0].name].to(dtype=torch.float32, copy=True) for name, parts in plan.items()}
+    weights = {name: tensors.real(parts[0].name).to(dtype=torch.float32, copy=True) for name, parts in plan.items()}
     return TextSource(config=config, tensors=weights, origin=origin)
 
 
@@ -95,8 +95,8 @@ def open_text_source(
         raise source.missing("config.json")
     except CheckpointError as error:
         raise CheckpointError(
-            f"{beside.label} needs the text encoder {named!r}: {error}. Or give text_encoder=<folder>, or put it in a "
-            "folder text_encoder/ beside the checkpoint"
+            f"{beside.label} needs the text encoder {shown(named)}: {error}. "
+            "Or give text_encoder=<folder>, or put it in a folder text_encoder/ beside the checkpoint"
         ) from error
 
 

@@ -2,7 +2,7 @@
 
 Translates configuration and names; says by name what a configuration asks for and this package does not compute. Old
 files are welcome: `.bin`, shards, a stored table of positions, both spellings of weight norm. MusicGen without the text
-inside, audiocraft's files and LoRA adapters belong elsewhere.
+inside, audiocraft's files belong elsewhere.
 """
 
 from __future__ import annotations
@@ -15,15 +15,17 @@ from typing import Any
 
 import torch
 
-from ..config import CodecConfig, MelodyConfig, ModelConfig, PatternConfig, TextConfig
+from ..config import MAX_DURATION, CodecConfig, MelodyConfig, ModelConfig, PatternConfig, TextConfig
 from ..errors import CheckpointError
+from .adapter import Adapter
 from .checkpoint import Checkpoint, TextSource
 from .codec_weights import canonical_codec_weights, codec_config_from_transformers
+from .families import other_model_type
 from .files import TensorFiles, read_json
 from .layout import Piece, Plan, assemble, check, check_nothing_left, expected_shapes
 from .sources import LocalFolder, Source, open_source
 from .text import TOKENIZER_FILES, find_tokenizer, read_text_source, text_from_tensors
-from .xp_config import Section
+from .xp_config import Section, shown
 
 __all__ = ["load_transformers", "model_config", "names_in_file"]
 
@@ -43,11 +45,15 @@ def load_transformers(
     text_encoder: str | os.PathLike[str] | None,
     dtype: torch.dtype | None,
     cache_dir: str | Path | None,
+    adapter: Adapter | None = None,
+    with_lm: bool = True,
 ) -> Checkpoint:
     """A checkpoint in transformers' layout.
 
     Args:
         config_path, tensors: its config.json and its weights, as found in `source`.
+        adapter: merged into the language model.
+        with_lm: False checks the language model and leaves it unread.
 
     Raises:
         CheckpointError: a configuration that is not supported, missing or unknown tensors, wrong shapes.
@@ -63,10 +69,11 @@ def load_transformers(
     codec_tensors = {n: tensors[n] for n in tensors if n.startswith(CODEC)}
     codec = canonical_codec_weights(codec_tensors, codec_config, tensors.label)
     text = _text(source, raw, tensors, text_encoder, cache_dir)
+    edits = adapter.edits(config) if adapter is not None else None
     return Checkpoint(
         name=name,
         config=config,
-        lm=assemble(plan, tensors, dtype),
+        lm=assemble(plan, tensors, dtype, edits) if with_lm else {},
         codec_config=codec_config,
         codec=codec,
         text=text,
@@ -99,8 +106,8 @@ def model_config(
         CheckpointError: another family, or a field whose value is not supported, by name.
     """
     family = raw.get("model_type")
-    if family not in FAMILIES:
-        raise CheckpointError(f"{path}: model_type is {family!r}, expected {' or '.join(FAMILIES)}")
+    if not isinstance(family, str) or family not in FAMILIES:
+        raise other_model_type(family, f"{path}: ", " or ".join(FAMILIES))
     decoder, text = raw.get("decoder"), raw.get("text_encoder")
     if not isinstance(decoder, dict) or not isinstance(text, dict):
         raise CheckpointError(f"{path} lacks {'decoder' if not isinstance(decoder, dict) else 'text_encoder'!r}")
@@ -108,7 +115,7 @@ def model_config(
     sizes = Section(decoder, f"{path}: decoder.")
     vocab, channels = sizes.positive("vocab_size", 2048), sizes.positive("audio_channels", 1)
     pad = decoder.get("pad_token_id")
-    if pad is not None and pad < vocab:
+    if pad is not None and sizes.integer("pad_token_id") < vocab:
         raise CheckpointError(f"{path}: decoder.pad_token_id is {pad}; the special token must lie above the vocabulary")
     codebooks = sizes.positive("num_codebooks", 4, most=256)
     if channels == 2 and codebooks % 2:
@@ -130,7 +137,7 @@ def model_config(
             melody=melody,
             audio_channels=channels,
             max_duration=Section({**decoder, **raw}, f"{path}: ").seconds("segment_duration", 30.0),
-            cfg_coef=Section(guidance, f"{path.with_name('generation_config.json')}: ").number("guidance_scale", 3.0),
+            cfg_coef=Section(guidance, f"{path.with_name('generation_config.json')}: ").finite("guidance_scale", 3.0),
         )
     except CheckpointError:
         raise
@@ -149,10 +156,10 @@ def _refuse(raw: dict[str, Any], decoder: dict[str, Any], path: Path) -> None:
     for field, values in allowed.items():
         if field in decoder and decoder[field] not in values:
             supported = ", ".join(map(repr, values))
-            raise CheckpointError(f"{path}: decoder.{field} is {decoder[field]!r}, supported: {supported}")
+            raise CheckpointError(f"{path}: decoder.{field} is {shown(decoder[field])}, supported: {supported}")
     width = decoder.get("cross_attention_hidden_size")
     if width is not None:
-        raise CheckpointError(f"{path}: decoder.cross_attention_hidden_size is {width}, supported: null")
+        raise CheckpointError(f"{path}: decoder.cross_attention_hidden_size is {shown(width)}, supported: null")
     if raw.get("quantization_config"):
         raise CheckpointError(f"{path}: quantization_config: quantized weights are not read; give the original files")
 
@@ -160,7 +167,7 @@ def _refuse(raw: dict[str, Any], decoder: dict[str, Any], path: Path) -> None:
 def _melody(raw: dict[str, Any], features: dict[str, Any], path: Path) -> MelodyConfig:
     """The chroma settings: `num_chroma` and `chroma_length` of the model, the spectrogram of its feature extractor."""
     spectrum = Section(features, f"{path.with_name('preprocessor_config.json')}: ")
-    n_fft = spectrum.positive("n_fft", 16384)
+    n_fft = spectrum.positive("n_fft", 16384, most=1 << 17)
     hop = spectrum.positive("hop_length", max(n_fft // 4, 1))
     if n_fft & (n_fft - 1) or hop != n_fft // 4:
         raise CheckpointError(
@@ -169,9 +176,9 @@ def _melody(raw: dict[str, Any], features: dict[str, Any], path: Path) -> Melody
     sizes = Section(raw, f"{path}: ")
     config = MelodyConfig(
         sample_rate=spectrum.positive("sampling_rate", 32000),
-        n_chroma=sizes.positive("num_chroma", 12),
+        n_chroma=sizes.positive("num_chroma", 12, most=256),
         radix2_exp=n_fft.bit_length() - 1,
-        duration=spectrum.positive("chunk_length", 30),
+        duration=spectrum.positive("chunk_length", 30, most=MAX_DURATION),
     )
     length = sizes.positive("chroma_length", 235)
     if config.chroma_length == length:

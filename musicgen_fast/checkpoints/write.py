@@ -1,7 +1,8 @@
-"""Writing a checkpoint in transformers' layout: what `load_checkpoint` reads, and transformers as well.
+"""Writing a checkpoint that is in memory in transformers' layout: what `load_checkpoint` and transformers read.
 
 For tests, demos and models trained here: a folder with config.json, generation_config.json, model.safetensors and a T5
 vocabulary. `transformers_config` and `transformers_tensors` are the two halves, for writers of other file formats.
+Files of any size, from files: `convert.py`.
 """
 
 from __future__ import annotations
@@ -152,6 +153,28 @@ def transformers_config(checkpoint: Checkpoint) -> dict[str, Any]:
         "audio_encoder": transformers_codec_config(checkpoint.codec_config),
         "decoder": decoder,
         **extra,
+    }
+
+
+def preprocessor_config(config: ModelConfig, sample_rate: int) -> dict[str, Any]:
+    """A preprocessor_config.json: what transformers' processors cut recordings by, or hear melodies with."""
+    shared = {"feature_size": config.audio_channels, "padding_side": "left", "padding_value": 0.0}
+    melody = config.melody
+    if melody is None:
+        kind = {"feature_extractor_type": "EncodecFeatureExtractor", "chunk_length_s": None, "overlap": None}
+        return {**kind, **shared, "return_attention_mask": True, "sampling_rate": sample_rate}
+    size = 2**melody.radix2_exp
+    return {
+        **shared,
+        "feature_extractor_type": "MusicgenMelodyFeatureExtractor",
+        "feature_size": melody.n_chroma,
+        "chunk_length": int(melody.duration),
+        "n_fft": size,
+        "hop_length": size // 4,
+        "num_chroma": melody.n_chroma,
+        "n_samples": int(melody.duration) * melody.sample_rate,
+        "sampling_rate": melody.sample_rate,
+        "return_attention_mask": False,
     }
 
 

@@ -9,16 +9,20 @@ from __future__ import annotations
 
 import math
 import re
+import reprlib
 from collections.abc import Sequence
 from typing import Any
 
+from ..config import MAX_DURATION
 from ..errors import CheckpointError
 from .pickled import plain_config
 
-__all__ = ["Section", "parse_config"]
+__all__ = ["Section", "parse_config", "shown"]
 
 _INNERMOST = re.compile(r"\$\{([^${}]*)\}")
 _LONGEST = 4096  # characters that a text may reach by interpolation: no file needs more, and growth is exponential
+_LONGEST_YAML = 100_000  # characters; a released file has 15000, and PyYAML reads 100000 to 200000 a second
+_LARGEST = 200_000  # values of a configuration with everything put in
 _MISSING = "???"  # OmegaConf's mark of a value that was never given
 
 Path = tuple[Any, ...]
@@ -30,20 +34,33 @@ def parse_config(raw: Any, label: str) -> dict[str, Any]:
     Raises:
         CheckpointError: no valid YAML, or something else than a mapping.
     """
-    if isinstance(raw, (str, bytes)):
-        import yaml
-
-        try:
-            raw = yaml.safe_load(raw)
-        except (yaml.YAMLError, RecursionError, UnicodeDecodeError) as error:
-            raise CheckpointError(f"{label} is not valid YAML ({str(error).splitlines()[0]})") from error
-    tree = plain_config(raw)
+    try:
+        if isinstance(raw, (str, bytes)):
+            raw = _read_yaml(raw, label)
+        tree = plain_config(raw)
+    except (ValueError, RecursionError) as error:
+        if isinstance(error, CheckpointError):
+            raise
+        raise CheckpointError(f"{label} cannot be read as a configuration ({error})") from error
     if not isinstance(tree, dict):
         raise CheckpointError(f"{label} holds a {type(tree).__name__}, expected a mapping")
     try:
         return _Resolver(tree).at(())
     except RecursionError as error:
         raise CheckpointError(f"{label} is nested too deeply") from error
+    except _Unresolved as error:
+        raise CheckpointError(f"{label} grows beyond {_LARGEST} values when its interpolations are put in") from error
+
+
+def _read_yaml(text: str | bytes, label: str) -> Any:
+    import yaml
+
+    if len(text) > _LONGEST_YAML:
+        raise CheckpointError(f"{label} has {len(text)} characters, too many for a configuration")
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise CheckpointError(f"{label} is not valid YAML ({str(error).splitlines()[0]})") from error
 
 
 class _Unresolved(Exception):
@@ -57,6 +74,7 @@ class _Resolver:
         self.root = root
         self.done: dict[Path, Any] = {}
         self.active: set[Path] = set()
+        self.sizes: dict[int, int] = {}  # id of a container in `done` -> its values, shared ones counted every time
 
     def at(self, path: Path) -> Any:
         """The resolved node at `path` (keys and list positions from the root)."""
@@ -73,10 +91,20 @@ class _Resolver:
                 value = [self._at_or_text((*path, i)) for i in range(len(node))]
             else:
                 value = self._expand(node, path[:-1]) if isinstance(node, str) else node
+            self._measure(value, _LARGEST if not path else _LARGEST // 10)
         finally:
             self.active.discard(path)
         self.done[path] = value
         return value
+
+    def _measure(self, value: Any, most: int) -> None:
+        """_Unresolved for a container of more than `most` values: sections that hold others twice grow as 2**depth."""
+        if isinstance(value, (dict, list)) and id(value) not in self.sizes:
+            inside = value.values() if isinstance(value, dict) else value
+            size = 1 + sum(self.sizes.get(id(each), 1) for each in inside)
+            if size > most:
+                raise _Unresolved
+            self.sizes[id(value)] = size
 
     def _at_or_text(self, path: Path) -> Any:
         try:
@@ -137,6 +165,18 @@ class _Resolver:
 _REQUIRED: Any = object()
 
 
+_SHORT = reprlib.Repr()
+_SHORT.maxstring = _SHORT.maxother = _SHORT.maxlong = 80
+
+
+def shown(value: Any) -> str:
+    """A value in a message: a hostile one may have thousands of digits, or more parts than can be written out."""
+    try:
+        return _SHORT.repr(value)
+    except ValueError:  # more digits than Python prints
+        return f"{type(value).__name__} of too many digits"
+
+
 class Section:
     """Typed reads of one mapping of a configuration; `label` is the file and the path of the section."""
 
@@ -155,7 +195,7 @@ class Section:
         """
         value = self.values.get(key, _MISSING)
         if isinstance(value, str) and "${" in value:
-            raise CheckpointError(f"{self.name(key)} is {value!r}, which nothing in the configuration resolves")
+            raise CheckpointError(f"{self.name(key)} is {shown(value)}, which nothing in the configuration resolves")
         if value == _MISSING:
             if default is _REQUIRED:
                 raise CheckpointError(f"{self.name(key)} is missing")
@@ -166,7 +206,7 @@ class Section:
         """A mapping inside; an empty one where it is missing or null."""
         value = self.get(key)
         if value is not None and not isinstance(value, dict):
-            raise CheckpointError(f"{self.name(key)} is {value!r}, expected a mapping")
+            raise CheckpointError(f"{self.name(key)} is {shown(value)}, expected a mapping")
         return Section(value or {}, f"{self.name(key)}.")
 
     def number(self, key: str, default: float = _REQUIRED) -> float:
@@ -175,13 +215,19 @@ class Section:
             if isinstance(value, bool):
                 raise TypeError
             return float(value)  # YAML reads 1e-4 as text
-        except (TypeError, ValueError) as error:
-            raise CheckpointError(f"{self.name(key)} is {value!r}, expected a number") from error
+        except (TypeError, ValueError, OverflowError) as error:
+            raise CheckpointError(f"{self.name(key)} is {shown(value)}, expected a number") from error
+
+    def finite(self, key: str, default: float = _REQUIRED) -> float:
+        value = self.number(key, default)
+        if not math.isfinite(value):
+            raise CheckpointError(f"{self.name(key)} is {value}, expected a finite number")
+        return value
 
     def integer(self, key: str, default: int = _REQUIRED) -> int:
         value = self.number(key, default)
         if not math.isfinite(value) or value != int(value):
-            raise CheckpointError(f"{self.name(key)} is {value!r}, expected a whole number")
+            raise CheckpointError(f"{self.name(key)} is {shown(value)}, expected a whole number")
         return int(value)
 
     def positive(self, key: str, default: int = _REQUIRED, *, most: int = 1 << 20) -> int:
@@ -193,8 +239,8 @@ class Section:
 
     def seconds(self, key: str, default: float = _REQUIRED) -> float:
         value = self.number(key, default)
-        if not 0 < value < math.inf:
-            raise CheckpointError(f"{self.name(key)} is {value}, expected seconds above 0")
+        if not 0 < value <= MAX_DURATION:
+            raise CheckpointError(f"{self.name(key)} is {value}, expected seconds above 0, at most {MAX_DURATION}")
         return value
 
     def flag(self, key: str, default: bool = False) -> bool:
@@ -206,14 +252,14 @@ class Section:
         if value is None:
             return ()
         if not isinstance(value, Sequence) or not all(isinstance(v, int) and not isinstance(v, bool) for v in value):
-            raise CheckpointError(f"{self.name(key)} is {value!r}, expected a list of whole numbers")
+            raise CheckpointError(f"{self.name(key)} is {shown(value)}, expected a list of whole numbers")
         return tuple(value)
 
     def names(self, key: str) -> tuple[str, ...]:
         """A list of names; empty where it is missing, null or false."""
         value = self.get(key) or []
         if not isinstance(value, list) or not all(isinstance(v, str) for v in value):
-            raise CheckpointError(f"{self.name(key)} is {value!r}, expected a list of names")
+            raise CheckpointError(f"{self.name(key)} is {shown(value)}, expected a list of names")
         return tuple(value)
 
     def refuse_unless(self, key: str, default: Any, *allowed: Any) -> None:
@@ -221,4 +267,4 @@ class Section:
         value = self.get(key, default)
         if not any(value is ok or (value == ok and isinstance(value, bool) == isinstance(ok, bool)) for ok in allowed):
             supported = ", ".join(map(repr, allowed))
-            raise CheckpointError(f"{self.name(key)} is {value!r}; this package computes only {supported}")
+            raise CheckpointError(f"{self.name(key)} is {shown(value)}; this package computes only {supported}")
