@@ -88,6 +88,7 @@ void sample(uintptr_t address, int threads, int isa) {
 }  // namespace
 
 NB_MODULE(_C, m) {
+    nb::set_leak_warnings(false);  // a model that lives in a module is still there when the interpreter ends
     m.doc() = "The C++ parts of musicgen_fast; use musicgen_fast.native, which also works without this module.";
     m.attr("ISA_BASELINE") = int(mgf::Isa::baseline);
     m.attr("ISA_AVX2") = int(mgf::Isa::avx2);

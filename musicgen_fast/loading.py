@@ -56,7 +56,7 @@ def load_parts(
     dtype = None if packed and precision != "float32" else DTYPES[precision]
     checkpoint = load_checkpoint(
         name, text_encoder=text_encoder, dtype=dtype, revision=revision, cache_dir=cache_dir,
-        base=base, adapter=adapter, adapter_scale=adapter_scale,
+        base=base, adapter=adapter, adapter_scale=adapter_scale, stream=packed,
     )  # fmt: skip
     if checkpoint.packed is not None:
         precision = _own_precision(checkpoint.name, checkpoint.packed.precision, asked, device)
