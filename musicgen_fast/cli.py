@@ -1,4 +1,4 @@
-"""The command line: `musicgen-fast generate`, `info`, `convert`, `doctor` and `bench`, also `python -m musicgen_fast`.
+"""The command line, `musicgen-fast`: `generate`, `render`, `info`, `convert`, `doctor` and `bench`.
 
 Options, help, error messages and exit codes. What the commands do is in `cli_generate.py`, `cli_info.py` and so on,
 imported when they run: `--help` and mistakes on the command line cost no import of torch.
@@ -16,6 +16,7 @@ from . import __version__
 from .cli_bench import add_commands as add_bench_commands
 from .cli_commands import EXIT_CODES, OTHERS, place_options
 from .cli_output import FORMATS, logging_to_stderr, name_template
+from .cli_render import add_command as add_render_command
 from .config import GenerationParams
 
 DEFAULTS = GenerationParams(duration=10.0)
@@ -91,7 +92,9 @@ def build_parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.Argument
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--version", action="version", version=f"musicgen-fast {__version__}")
-    commands = parser.add_subparsers(dest="command", metavar="{generate,info,convert,doctor,bench}", required=True)
+    commands = parser.add_subparsers(
+        dest="command", metavar="{generate,render,info,convert,doctor,bench}", required=True
+    )
     generate = commands.add_parser(
         "generate",
         help="make music: one sound file and one JSON file for every piece",
@@ -105,8 +108,9 @@ def build_parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.Argument
     generate.set_defaults(run=_run_generate, command="generate")
     for add in (_prompt_options, _model_options, _sampling_options, _audio_options, _output_options):
         add(generate)
+    render = add_render_command(commands)
     others = {name: add(commands) for name, add in OTHERS.items()}
-    return parser, {"generate": generate, **others, **add_bench_commands(commands)}
+    return parser, {"generate": generate, **render, **others, **add_bench_commands(commands)}
 
 
 def _run_generate(args: argparse.Namespace) -> int:

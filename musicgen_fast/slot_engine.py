@@ -21,6 +21,8 @@ from .slots import Slots
 from .state import Branch, Conditions, Sampler
 from .windows import Window, WindowPlan
 
+_OWN_FAULTS = (ValueError, MemoryError, torch.OutOfMemoryError)  # of one request: a draw, or no room for its cache
+
 
 @dataclass
 class Request:
@@ -52,7 +54,10 @@ class Request:
 
 
 class RequestError(ValueError):
-    """A request that failed and was removed; the others go on. `requests`: its number, or those of its batch."""
+    """A request that failed and was removed; the others go on. `requests`: its number, or those of its batch.
+
+    `__cause__` says why: a ValueError, or a MemoryError or torch.OutOfMemoryError where its cache found no room.
+    """
 
     def __init__(self, message: str, requests: list[int]):
         super().__init__(message)
@@ -148,12 +153,12 @@ class SlotEngine:
     def _step(self) -> None:
         """One pass through the weights for all that do not prefill; a failed draw ends its own batch only."""
         running = list(self._batches)
-        failed: dict[int, ValueError] = {}  # by place in `running`
+        failed: dict[int, Exception] = {}  # by place in `running`
         lanes = []
         for index, batch in enumerate(running):
             try:
                 lanes += batch.chain.begin()
-            except ValueError as error:
+            except _OWN_FAULTS as error:
                 failed[index] = error
         try:
             if lanes:
@@ -167,12 +172,12 @@ class SlotEngine:
             try:
                 if index not in failed:
                     batch.chain.end()
-            except ValueError as error:
+            except _OWN_FAULTS as error:
                 failed[index] = error
         if failed:
             self._remove([running[index] for index in failed], next(iter(failed.values())))
 
-    def _remove(self, batches: list[_Batch], error: ValueError) -> None:
+    def _remove(self, batches: list[_Batch], error: Exception) -> None:
         for batch in batches:
             batch.chain.close()
             self._batches.remove(batch)

@@ -130,9 +130,7 @@ def _stream(
     options: Options,
     saved: dict[str, Any] | None,
 ) -> Stream:
-    params = GenerationParams(**request["params"])
-    if (options.cfg_coef or any(s.cfg_coef is not None for s in options.sections)) and params.cfg_coef == 1:
-        params = params.with_(cfg_coef=GenerationParams().cfg_coef)  # 1 would leave the null branch out
+    params = guided(GenerationParams(**request["params"]), options)
     rate, seeds, total = model.frame_rate, request["seeds"], request["total"]
     prompt = request["prompt"].to(model.device, torch.int64)
     window, stride = int(model.max_duration * rate), int(params.stride(model.max_duration) * rate)
@@ -152,8 +150,8 @@ def _stream(
             model._conditions(attributes, params, seeds, first),
             params,
             seeds,
-            guidance=_guidance(options, params, rate, len(prompt)),
-            changes=_changes(model, options.sections, request["crossfade_frames"], attributes, params),
+            guidance=guidance_of(options, params, rate, len(prompt)),
+            changes=changes_of(model, options.sections, request["crossfade_frames"], attributes, params),
             saved=None if saved is None else saved["generation"],
         )
     return Stream(
@@ -162,7 +160,13 @@ def _stream(
     )  # fmt: skip
 
 
-def _guidance(options: Options, params: GenerationParams, rate: float, batch: int) -> list[Guidance | None]:
+def guided(params: GenerationParams, options: Options) -> GenerationParams:
+    """The parameters, with a null branch where guidance changes on the way: a cfg_coef of 1 would leave it out."""
+    changing = options.cfg_coef or any(s.cfg_coef is not None for s in options.sections)
+    return params.with_(cfg_coef=GenerationParams().cfg_coef) if changing and params.cfg_coef == 1 else params
+
+
+def guidance_of(options: Options, params: GenerationParams, rate: float, batch: int) -> list[Guidance | None]:
     """Sections and schedules as the engine asks for them: by frame, both values at once."""
     told = any(s.cfg_coef is not None or s.temperature is not None for s in options.sections)
     if not options.scheduled and not told:
@@ -184,7 +188,7 @@ def _guidance(options: Options, params: GenerationParams, rate: float, batch: in
     return [at] * batch
 
 
-def _changes(
+def changes_of(
     model: Any,
     sections: tuple[Section, ...],
     crossfade: int,

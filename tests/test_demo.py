@@ -234,7 +234,7 @@ def test_nobodys_ears_are_hurt(made: tuple[Path, str]) -> None:
         (("--seed", "-1"), "-1 is not between 0 and"),
         (("--seed", "x"), "invalid"),
         (("--model", "{tmp}/no/model"), "neither an existing folder nor the id of a hub repository"),
-        (("--model", "{tmp}/file"), "is a file; give the folder"),
+        (("--model", "{tmp}/file"), "is a text file"),
         (("--model", "{tmp}"), "has no"),
         (("--prompts", "{tmp}/none.txt"), "No such file"),
         (("--prompts", "{tmp}/empty"), "holds no prompts"),

@@ -18,6 +18,7 @@ from musicgen_fast.checkpoints import CheckpointError, load_checkpoint
 from musicgen_fast.checkpoints.packed import CODEC, LM, STYLE, TEXT
 from musicgen_fast.checkpoints.packed_settings import SETTINGS
 from musicgen_fast.checkpoints.text import text_shapes
+from musicgen_fast.cli import main
 from musicgen_fast.packed_files import convert_to_packed, write_packed
 from musicgen_fast.packing import PACKED_PRECISIONS, packed_layout, unpack_weights
 
@@ -413,3 +414,25 @@ def test_memory_and_time_at_small_size(tmp_path):
     assert seconds < 20, (
         seconds
     )  # 0.3 s alone; so loose because it may share its cores: against drawing or packing anew
+
+
+@pytest.mark.parametrize(("precision", "exact"), [("float32", True), ("bfloat16", True), ("int8", False)])
+def test_round_trip_through_every_layout(tmp_path, precision, exact):
+    """audiocraft -> transformers -> packed -> audiocraft: bit for bit where the precision allows."""
+    rounded = {"bfloat16": torch.bfloat16}.get(precision, torch.float32)
+    source = tiny("text")
+    source.lm = {name: t.to(rounded).float() if t.dim() == 2 and name.split(".")[0] not in ("text_proj",) else t
+                 for name, t in source.lm.items()}  # fmt: skip
+    start = write_audiocraft(tmp_path / "a", source)
+    quiet = ["-q", "--text-encoder", str(write_t5(tmp_path / "t5", source))]
+    assert main(["convert", str(start), str(tmp_path / "b"), "--to", "transformers", *quiet]) == 0
+    assert (
+        main(["convert", str(tmp_path / "b"), str(tmp_path / "c"), "--to", "packed", "--precision", precision, "-q"])
+        == 0
+    )
+    assert main(["convert", str(tmp_path / "c"), str(tmp_path / "d"), "--to", "audiocraft", "-q"]) == 0
+    before, after = (load_checkpoint(folder, text_encoder=quiet[2]) for folder in (start, tmp_path / "d"))
+    assert before.lm.keys() == after.lm.keys()
+    same = [torch.equal(before.lm[name], after.lm[name]) for name in before.lm]
+    assert all(same) if exact else 0 < sum(same) < len(same)
+    assert all(torch.equal(before.codec[name], after.codec[name]) for name in before.codec)

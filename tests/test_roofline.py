@@ -35,7 +35,7 @@ def test_cache():
     config = tiny("melody").config
     with torch.device("meta"):
         cache = TorchDecoder(Transformer(config)).allocate(2, window_positions(config, 50))
-    assert cache.numel() == 2 * kv_numbers(config, window_positions(config, 50))
+    assert cache.tensor.numel() == 2 * kv_numbers(config, window_positions(config, 50))
     assert window_positions(config, 50) == 1503 + 235
 
 

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from ..config import CodecConfig, ModelConfig
 from ..errors import CheckpointError
+from ..packing import unpack_weights
 from . import SHORT_NAMES, load_checkpoint
 from . import audiocraft as old
 from . import transformers as new
@@ -105,8 +106,8 @@ def open_on_disk(
     full = SHORT_NAMES.get(name, name)
     options: dict[str, Any] = {"text_encoder": text_encoder, "revision": revision, "cache_dir": cache_dir}
     loaded = load_checkpoint(full, dtype=None, **options, **patches)
-    if loaded.packed is not None:
-        raise CheckpointError(f"{name} is packed, rounded to {loaded.packed.precision}: convert the original")
+    if loaded.packed is not None:  # what its kernels compute with, in float32; the original's bits where these allow
+        loaded.lm = unpack_weights(loaded.packed)
     return _of_checkpoint(loaded)
 
 
