@@ -163,11 +163,9 @@ class Cache(Protocol):
     @property
     def capacity(self) -> int: ...
 
-    def clear(self) -> None:
-        """Write zeros to all of it: its memory is there then, and reading it takes as long as it would."""
+    def clear(self) -> None: ...  # zeros, written to all of its memory
 
-    def copy_from(self, other: Any, positions: int) -> None:
-        """Take the first positions of all rows from a cache of the same kind."""
+    def copy_from(self, other: Any, positions: int) -> None: ...  # the first positions of all rows
 
 
 class Source(Protocol):
