@@ -105,8 +105,8 @@ class Sampler:
     """How the tokens of a column are drawn, for all B requests.
 
     Without `seeds` this is noise mode: `exponential_` from the global generator of the logits' device at every column,
-    all K codebooks: the random numbers of audiocraft and transformers, in their order. With `seeds`
-    the noise is counted by (seed, column of the whole generation, codebook, token).
+    all K codebooks: the random numbers of audiocraft and transformers, in their order. With `seeds` the noise is
+    counted by (seed, column of the whole generation, codebook, token).
     """
 
     params: SamplingParams
