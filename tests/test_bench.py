@@ -137,7 +137,7 @@ def test_parity_is_asked_of_those_with_the_same_weights(monkeypatch):
         ("float32", 1e-3, 1.0, False),
         ("float32", None, 1.0, True),
         ("int8", 0.014, 0.2, True),
-        ("int8", 0.016, 1.0, False),
+        ("int8", 0.026, 1.0, False),
         ("int8", None, 1.0, None),
     ],
 )
@@ -217,13 +217,13 @@ def test_parity_of_a_quantised_model(model, monkeypatch, levels, ok):
 
     monkeypatch.setattr(MusicGen, "get_pretrained", quantised)
     found = parity.parity(Job("musicgen_fast", model, "int8", steps=20))
-    assert found["ok"] is ok and found["logits_error_limit"] == 0.015 and found["logits_error"] > 1e-4
+    assert found["ok"] is ok and found["logits_error_limit"] == 0.025 and found["logits_error"] > 1e-4
 
 
 @pytest.mark.skipif(not native.available(), reason=f"int8 needs the C++ extension: {native.why_not()}")
 def test_parity_of_int8(model):
     found = parity.parity(Job("musicgen_fast", model, "int8", steps=20))
-    assert found["ok"] is True and 1e-3 < found["logits_error"] < 0.015
+    assert found["ok"] is True and 1e-3 < found["logits_error"] < 0.02
 
 
 def test_parity_sees_a_wrong_decoder(model, monkeypatch):

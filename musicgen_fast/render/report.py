@@ -99,7 +99,8 @@ input, select { display: block; font: inherit; color: var(--ink); background: va
   border: 1px solid var(--soft); border-radius: 0.3rem; }
 table { border-collapse: collapse; width: 100%; font-size: 0.9rem; }
 th, td { text-align: left; vertical-align: top; padding: 0.4rem 0.6rem 0.4rem 0; border-top: 1px solid var(--card); }
-th { color: var(--soft); font-weight: normal; }
+th { color: var(--soft); font-weight: normal; white-space: nowrap; }
+td:nth-child(4), td:nth-child(5) { white-space: nowrap; }
 td:first-child { width: 20rem; }
 tr.failed td { color: var(--line); }
 audio { width: 19rem; display: block; }
