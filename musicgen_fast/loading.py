@@ -123,10 +123,17 @@ def pick_precision(precision: str | None, device: torch.device) -> str:
 
 
 def packs(precision: str, device: torch.device) -> bool:
-    """Whether the CPU decoder serves, which packs weights; MUSICGEN_FAST_DECODER=torch takes the torch decoder."""
+    """Whether the CPU decoder serves, which packs weights; MUSICGEN_FAST_DECODER=torch takes the torch decoder.
+
+    What torch can run too it runs where the kernels would be plain C++ (processors without AVX2): there its BLAS is
+    the better one.
+    """
     if device.type != "cpu" or precision not in PACKED_PRECISIONS or not native.available():
         return False
-    return precision not in DTYPES or os.environ.get("MUSICGEN_FAST_DECODER", "") != "torch"
+    if precision not in DTYPES:
+        return True
+    asked = os.environ.get("MUSICGEN_FAST_DECODER", "")
+    return asked == "cpu" or (asked != "torch" and native.extension().linear_isas()[-1] != "baseline")
 
 
 def _own_precision(name: str, held: str, asked: str | None, device: torch.device) -> str:

@@ -280,3 +280,25 @@ def test_small_in_smaller_precisions(small, precision, rounding):
     rounded = Transformer.from_weights(small.config, unpack_weights(packed))
     assert error(logits, reference(rounded, **inputs)) < 0.015
     assert error(logits, reference(small, **inputs)) < rounding
+
+
+@pytest.mark.parametrize(
+    ("precision", "asked", "best", "packed"),
+    [
+        ("float32", "", "avx2", True),
+        ("float32", "", "baseline", False),
+        ("float32", "cpu", "baseline", True),
+        ("float32", "torch", "amx", False),
+        ("float16", "cpu", "amx", False),
+        ("int8", "torch", "baseline", True),
+    ],
+)
+def test_which_decoder_serves(monkeypatch, precision, asked, best, packed):
+    from types import SimpleNamespace
+
+    from musicgen_fast.loading import packs
+
+    monkeypatch.setenv("MUSICGEN_FAST_DECODER", asked)
+    monkeypatch.setattr(native, "extension", lambda: SimpleNamespace(linear_isas=lambda: ["baseline", best]))
+    assert packs(precision, torch.device("cpu")) is packed
+    assert not packs(precision, torch.device("meta"))
