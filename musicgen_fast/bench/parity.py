@@ -27,9 +27,9 @@ from .providers import OURS, conditions_for
 __all__ = ["COMPARED", "LIMITS", "parity", "verdict"]
 
 COMPARED = (OURS, "openvino")  # the others have random weights of their own
-# Norm of the difference over the norm of the logits, over all positions, against the weights before they are rounded. In
-# int8 rounding alone costs 1.8 % at 24 layers of random weights, and no 8 bits a weight do better; the arithmetic adds
-# 0.1 %. int4 is opt-in and warned about.
+# Norm of the difference over the norm of the logits, over all positions, against the weights before they are rounded.
+# In int8 rounding alone costs 1.8 % at 24 layers of random weights, and no 8 bits a weight do better; the arithmetic
+# adds 0.1 %. int4 is opt-in and warned about.
 LIMITS = {"float32": 1e-4, "bfloat16": 0.02, "float16": 0.01, "int8": 0.025, "int4": 0.3}
 
 
