@@ -109,6 +109,7 @@ def test_transformers_loads_the_folder_and_gives_the_same_tokens(seed) -> None:
     assert found.tokens == 1.0 and found.sound < 1e-4 and found.distinct > 15
 
 
+@pytest.mark.skipif(not native.available(), reason="the C++ extension is not used")
 def test_the_same_tokens_on_every_backend_of_the_sampler(model, monkeypatch) -> None:
     model.set_generation_params(duration=2.0, top_k=50)
     found = {}
