@@ -53,7 +53,7 @@ def generate(
         return windows[index] if index < len(windows) else None
 
     batch = len(prompt)
-    slots = Slots(decoder.config, batch, windows[0].length, prompt.device, lanes=1 + shadow)
+    slots = Slots.on(decoder, batch, windows[0].length, prompt.device, lanes=1 + shadow)
     chain = Chain(decoder, slots, range(batch), window_at, prompt, conditions_of, sampler, shadow=shadow)
     while not chain.done:
         _step(decoder, chain)
@@ -117,7 +117,7 @@ class Generation:
         first = plan.at(0)
         assert first is not None
         self._decoder = decoder
-        slots = Slots(decoder.config, len(prompt), first.length, prompt.device, lanes=1 + shadow)
+        slots = Slots.on(decoder, len(prompt), first.length, prompt.device, lanes=1 + shadow)
         self._chain = Chain(
             decoder, slots, range(len(prompt)), plan.at, prompt, conditions_of, sampler,
             shadow=shadow, endless=plan.total is None, guidance=guidance, changes=changes,

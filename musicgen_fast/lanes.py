@@ -97,7 +97,9 @@ def open_lane(
     kv = cache_for(decoder, slots, conditions.num_rows, capacity)
     place = slots.place.rows(rows.start, rows.stop)
     own = slots.sampler(rows, sampler)
-    state = State(decoder.config, kv, [0] * conditions.num_rows, conditions, own, place=place, rows=rows)
+    state = State(
+        decoder.config, kv, [0] * conditions.num_rows, conditions, own, place=place, rows=rows, board=slots.board
+    )
     if texts_of is not None and texts_of.conditions is conditions:
         state.texts = texts_of.texts
     else:

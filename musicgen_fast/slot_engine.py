@@ -82,7 +82,7 @@ class SlotEngine:
     ):
         """`slots` requests at once, windows of up to `window` frames; `shadow` as in `Generation`."""
         self._decoder, self._shadow = decoder, shadow
-        self.slots = Slots(decoder.config, slots, window, device, lanes=1 + shadow)
+        self.slots = Slots.on(decoder, slots, window, device, lanes=1 + shadow)
         self._device = torch.device(device)
         self._batches: list[_Batch] = []
         self._count = 0

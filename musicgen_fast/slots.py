@@ -5,20 +5,23 @@ change: sequence, column, step, parameters, seed. A free slot has its column out
 all slots does nothing there. Knows nothing of windows or of how a step is computed.
 
 Each slot has up to two lanes: the window that plays, and the next one while its cache is filled (`shadow.py`). Row
-`lane * N + slot` of the tensors is theirs.
+`first + lane * N + slot` of the tensors is theirs.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import weakref
+from collections.abc import Callable, Iterable
 from dataclasses import replace
+from typing import Any
 
 import torch
 
+from .board import Board
 from .config import ModelConfig
 from .pattern import build_pattern
 from .sampling import SamplingParams
-from .state import Cache, Place, Sampler, State
+from .state import Cache, Sampler, State
 
 _PARAMETERS = ("cfg_coef", "cfg_coef_beta", "scale", "divisor", "top_k", "top_p", "min_p")
 
@@ -27,23 +30,40 @@ class Slots:
     """N slots for windows of up to `num_frames` frames.
 
     Attributes:
-        place: sequence [lanes * N, K, S] and counters of all lanes. seeds: int64 [lanes * N]. params: of all lanes.
+        board, place, params, seeds: the tensors of all rows, which may be more than these slots have.
     """
 
     def __init__(
-        self, config: ModelConfig, count: int, num_frames: int, device: torch.device | str = "cpu", lanes: int = 1
+        self,
+        config: ModelConfig,
+        count: int,
+        num_frames: int,
+        device: torch.device | str = "cpu",
+        lanes: int = 1,
+        board_for: Callable[[int, int], Board] | None = None,
     ):
+        """`board_for`: (rows, columns) -> a board with such rows free; None: a board of their own."""
         if count < 1:
             raise ValueError(f"at least one slot is needed, got {count}")
-        rows, num_codebooks = count * lanes, config.num_codebooks
         self.count = count
         self.num_frames = num_frames
-        self.num_steps = build_pattern(config.pattern, num_codebooks, num_frames).num_steps
-        self.place = Place.allocate(rows, num_codebooks, self.num_steps, device)
-        self.params = SamplingParams.build(rows, num_codebooks, device)
-        self.seeds = torch.zeros(rows, dtype=torch.int64, device=device)
+        self.num_steps = build_pattern(config.pattern, config.num_codebooks, num_frames).num_steps
+        rows = count * lanes
+        self.board = (
+            Board(config, rows, self.num_steps, device) if board_for is None else board_for(rows, self.num_steps)
+        )
+        taken = self.board.take(rows)
+        assert taken is not None, f"the board has no {rows} free rows side by side"
+        weakref.finalize(self, self.board.give_back, taken)
+        self._first, self._lanes = taken.start, lanes
+        self.place, self.params, self.seeds = self.board.place, self.board.params, self.board.seeds
         self._free = [True] * count
         self._caches: list[Cache] = []
+
+    @classmethod
+    def on(cls, decoder: Any, count: int, num_frames: int, device: torch.device | str, lanes: int = 1) -> Slots:
+        """Slots where a decoder wants them: a decoder with graphs has a `board_for` of its own."""
+        return cls(decoder.config, count, num_frames, device, lanes, getattr(decoder, "board_for", None))
 
     @property
     def free(self) -> int:
@@ -64,11 +84,12 @@ class Slots:
 
     def rows(self, slots: range, lane: int) -> range:
         """The rows of the tensors that belong to a lane of these slots."""
-        return range(lane * self.count + slots.start, lane * self.count + slots.stop)
+        first = self._first + lane * self.count
+        return range(first + slots.start, first + slots.stop)
 
     def silence(self, rows: range) -> None:
         """Nothing is drawn in these rows any more."""
-        self.place.column[rows.start : rows.stop] = self.num_steps
+        self.place.column[rows.start : rows.stop] = self.board.num_steps
 
     def sampler(self, rows: range, given: Sampler) -> Sampler:
         """The given sampler, its parameters and seeds copied into the slots' tensors."""
@@ -104,4 +125,4 @@ class Slots:
     def keep_cache(self, cache: Cache) -> None:
         """Keep a cache for the next lane; at most as many as there are lanes."""
         self._caches.append(cache)
-        del self._caches[: -len(self.seeds)]
+        del self._caches[: -self.count * self._lanes]

@@ -194,7 +194,7 @@ class State:
         column: `place.column` as the host knows it: the next step of the sequence to be written.
         source: set while the columns before `source.first` are another lane's tokens: they are copied, not drawn.
         blend: set while two lanes at one place are crossfaded: what to draw from, see `crossfade.py`.
-        rows: where `place` lies among the rows of `slots.Slots`, for decoders that run all of them.
+        rows: which rows of `board` the place is, for decoders that work on a whole board.
     """
 
     config: ModelConfig
@@ -208,6 +208,7 @@ class State:
     column: int = 0
     source: Source | None = None
     rows: range = range(0)
+    board: Any = None  # a Board
     blend: Mixer | None = None
     own_place: bool = field(init=False)
 

@@ -26,6 +26,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("kernels",),
     ("sampling", "checkpoints", "codec_stream"),
     ("state",),
+    ("board", "prefill"),
     ("conditioning",),
     ("decoders",),
     ("shadow", "crossfade", "slots"),

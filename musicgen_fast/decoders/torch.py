@@ -20,7 +20,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..model import EPS, Layer, Transformer, embed_tokens, position_table
-from ..state import Conditions, State
+from ..prefill import known_rows, prefill_rows
+from ..state import State
 from .torch_cache import Place, RowPlaces, SamePlace, TensorCache, Texts
 
 
@@ -74,15 +75,16 @@ class TorchDecoder:
 
         Without `draw` the last known column is left to the next `step`, which draws: how a saved state is filled.
         """
-        conditions = state.conditions
-        x = embed_tokens(self.model.emb.weight, state.fed_tokens(0, None if draw else state.column - 1))
-        rows = self._with_prefix(x.repeat(len(conditions.branches), 1, 1), conditions)
+        rows = known_rows(self.model, state, state.column if draw else state.column - 1)
         lengths = [len(r) for r in rows]
-        x = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
         self._require(state, max(lengths))
-        x = x + self._position_rows(x.shape[1], x.device)
-        for index, layer in enumerate(self._layers()):
-            x = self._prefill_layer(state, index, layer, x)
+
+        def append(index: int, keys: Tensor, values: Tensor) -> None:
+            state.kv.tensor[index, 0, :, :, : keys.shape[2]] = keys
+            state.kv.tensor[index, 1, :, :, : keys.shape[2]] = values
+
+        texts, mask = ([], None) if state.texts is None else (state.texts.kv, state.texts.mask)
+        x = prefill_rows(self.model, rows, self._position_rows(max(lengths), self.model.device), append, texts, mask)
         state.lengths = lengths
         if draw:
             last = x[torch.arange(len(rows), device=x.device), torch.tensor(lengths, device=x.device) - 1]
@@ -132,13 +134,6 @@ class TorchDecoder:
         at = torch.tensor(lengths, device=x.device)
         return x + self._position_rows(max(lengths) + 1, x.device)[at], RowPlaces(at, max(lengths) + 1)
 
-    def _with_prefix(self, x: Tensor, conditions: Conditions) -> list[Tensor]:
-        """Rows [P_r + n, d] of different lengths."""
-        prefixes = [p for b in conditions.branches for p in (b.prefix or [])]
-        if not prefixes:
-            return list(x)
-        return [torch.cat([p.to(x.dtype), row]) for p, row in zip(prefixes, x, strict=True)]
-
     def _position_rows(self, count: int, device: torch.device) -> Tensor:
         if len(self._positions) < count or self._positions.device != device:
             self._positions = position_table(max(count, 2048), self.config.dim, device)
@@ -147,24 +142,6 @@ class TorchDecoder:
     @staticmethod
     def _require(state: State, positions: int) -> None:
         assert positions <= state.capacity, f"{positions} positions do not fit a cache of {state.capacity}"
-
-    def _prefill_layer(self, state: State, index: int, layer: Layer, x: Tensor) -> Tensor:
-        """x [R, n, d], rows padded at the end: causality keeps the padding out of every real position."""
-        dtype, n = self.model.dtype, x.shape[1]
-        qkv = layer.qkv(layer.norm1(x).to(dtype)).unflatten(-1, (3, self.config.num_heads, -1))
-        q, k, v = qkv.permute(2, 0, 3, 1, 4)
-        cache = state.kv.tensor[index]
-        cache[0, :, :, :n] = k
-        cache[1, :, :, :n] = v
-        attended = F.scaled_dot_product_attention(q, k, v, is_causal=True)
-        x = x + layer.attn_out(attended.transpose(1, 2).flatten(2)).to(x.dtype)
-        if state.texts is not None:
-            keys, values = state.texts.kv[index]
-            rows = len(keys)
-            q = layer.heads(layer.cross_q(layer.norm_cross(x[:rows]).to(dtype)))
-            attended = F.scaled_dot_product_attention(q, keys, values, attn_mask=state.texts.mask)
-            x[:rows] += layer.cross_out(attended.transpose(1, 2).flatten(2)).to(x.dtype)
-        return x + layer.ffn_out(F.gelu(layer.ffn_in(layer.norm2(x).to(dtype)))).to(x.dtype)
 
     def _step_layer(self, lanes: list[_Lane], groups: list[list[_Lane]], index: int, layer: Layer, x: Tensor) -> Tensor:
         """x [R, d] -> [R, d]. Written with as few dispatches as torch allows: each costs 2 to 5 us on a CPU."""
