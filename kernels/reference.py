@@ -104,20 +104,20 @@ def _appended(
 ) -> tuple[Tensor, Tensor]:
     """Write new [2, R, H, d/H] where it belongs; keys and values [R, H, C, d/H] as they are attended to."""
     rows = torch.arange(len(place), device=new.device)
-    # A row that takes no part writes what is there already: no shape depends on who takes part.
-    mine = takes_part[:, None, None]
-    new = new.transpose(0, 1)  # [R, 2, H, d/H]
-    old = cache[:, place, :, at]  # [R, 2, H, d/H]: indexed dimensions come first
+    # No shape may depend on who takes part: the others write what the first of those that do writes, or what is there.
+    same = torch.where(takes_part, rows, takes_part.int().argmax())
+    there, then, any_writes = place[same], at[same], takes_part.any()
+    mine = new[:, same].transpose(0, 1)  # [R, 2, H, d/H], as what is indexed below: indexed dimensions come first
     if scales is None:
-        cache[:, place, :, at] = torch.where(mine[..., None], new, old)
+        cache[:, there, :, then] = torch.where(any_writes, mine, cache[:, there, :, then])
         keys, values = cache[:, place]
     else:
-        size = new.float().abs().amax(-1) / 127
-        rounded = (new.float() / size.clamp(min=1e-30)[..., None]).round().clamp(-127, 127).to(torch.int8)
-        cache[:, place, :, at] = torch.where(mine[..., None], rounded, old)
-        scales[:, place, :, at] = torch.where(mine, size, scales[:, place, :, at])
+        size = mine.float().abs().amax(-1) / 127
+        rounded = (mine.float() / size.clamp(min=1e-30)[..., None]).round().clamp(-127, 127).to(torch.int8)
+        cache[:, there, :, then] = torch.where(any_writes, rounded, cache[:, there, :, then])
+        scales[:, there, :, then] = torch.where(any_writes, size, scales[:, there, :, then])
         keys, values = (cache[:, place].float() * scales[:, place][..., None]).to(new.dtype)
-    keys[rows, :, at], values[rows, :, at] = new.unbind(1)
+    keys[rows, :, at], values[rows, :, at] = new.unbind(0)
     return keys, values
 
 

@@ -39,15 +39,24 @@ class Board:
     def empty(self) -> bool:
         return not any(self._taken)
 
-    def take(self, rows: int) -> range | None:
-        """Rows side by side that nobody has, silent; None where there are not so many."""
-        for first in range(self.rows - rows + 1):
-            if not any(self._taken[first : first + rows]):
-                self._taken[first : first + rows] = [True] * rows
-                self.place.column[first : first + rows] = self.num_steps
-                self.place.status[first : first + rows] = 0
-                return range(first, first + rows)
-        return None
+    def fits(self, rows: int) -> bool:
+        return self._free(rows) is not None
+
+    def take(self, rows: int) -> range:
+        """Rows side by side that nobody has, silent; they `fit`."""
+        found = self._free(rows)
+        assert found is not None, f"the board has no {rows} free rows side by side"
+        part = slice(found.start, found.stop)
+        self._taken[part] = [True] * rows
+        self.place.column[part] = self.num_steps
+        self.place.status[part] = 0
+        return found
 
     def give_back(self, rows: range) -> None:
         self._taken[rows.start : rows.stop] = [False] * len(rows)
+
+    def _free(self, rows: int) -> range | None:
+        for first in range(self.rows - rows + 1):
+            if not any(self._taken[first : first + rows]):
+                return range(first, first + rows)
+        return None

@@ -53,7 +53,6 @@ class Slots:
             Board(config, rows, self.num_steps, device) if board_for is None else board_for(rows, self.num_steps)
         )
         taken = self.board.take(rows)
-        assert taken is not None, f"the board has no {rows} free rows side by side"
         weakref.finalize(self, self.board.give_back, taken)
         self._first, self._lanes = taken.start, lanes
         self.place, self.params, self.seeds = self.board.place, self.board.params, self.board.seeds

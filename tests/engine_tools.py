@@ -11,6 +11,8 @@ from torch import Tensor
 from musicgen_fast import native
 from musicgen_fast.config import PatternConfig
 from musicgen_fast.decoders.cpu import CpuDecoder
+from musicgen_fast.decoders.cuda import CudaDecoder
+from musicgen_fast.decoders.cuda_ops import torch_ops
 from musicgen_fast.decoders.torch import TorchDecoder
 from musicgen_fast.engine import Generation, generate
 from musicgen_fast.packing import pack_weights
@@ -18,6 +20,7 @@ from musicgen_fast.sampling import SamplingParams
 from musicgen_fast.state import Branch, Conditions, Sampler
 from musicgen_fast.windows import WindowPlan, plan_windows
 
+from .fake_capture import FakeCapture
 from .test_decoder import random_model
 
 VOCAB = 50
@@ -31,10 +34,12 @@ WAYS = {
 }
 
 
-# The tests of the engine run on both decoders: a fixture of theirs has these as its params.
+# The tests of the engine run on all decoders: a fixture of theirs has these as its params. That of CUDA computes in
+# torch on the CPU, and what it would capture is noted and replayed.
 DECODERS = [
     "torch",
     pytest.param("cpu", marks=pytest.mark.skipif(not native.available(), reason=f"no extension: {native.why_not()}")),
+    "cuda",
 ]
 
 
@@ -85,10 +90,20 @@ class CountingCpu(Counting, CpuDecoder):
         self.packed.tensors["norm.bias"].view(torch.float32).fill_(math.nan)
 
 
-def build_decoder(decoder: str, kind: str = "cross", **sizes) -> CountingTorch | CountingCpu:
+class CountingCuda(Counting, CudaDecoder):
+    def __init__(self, transformer, **options):
+        self.fake = FakeCapture(torch_ops(transformer.device))
+        super().__init__(transformer, transformer, self.fake.ops, capture=self.fake, **options)
+
+    def break_down(self) -> None:
+        """All further logits are NaN."""
+        self.model.norm.bias.data.fill_(math.nan)
+
+
+def build_decoder(decoder: str, kind: str = "cross", **sizes) -> CountingTorch | CountingCpu | CountingCuda:
     """`decoder` is one of `DECODERS`; the same weights in each."""
     model = random_model(kind, **sizes)
-    return CountingTorch(model) if decoder == "torch" else CountingCpu(model)
+    return {"torch": CountingTorch, "cpu": CountingCpu, "cuda": CountingCuda}[decoder](model)
 
 
 def texts(*lengths: int, seed: int = 0) -> list[Tensor]:

@@ -1,0 +1,271 @@
+"""The CUDA decoder: a step of any mix of requests as one captured graph, near the speed of the memory.
+
+Everything that differs between requests lies in device memory at fixed addresses: caches in pools (`cuda_pool.py`),
+which row is whose in a table (`cuda_rows.py`), tokens and sampler parameters on a board. So one graph per bucket of
+rows serves them all, the draw is part of it, and the host only replays it: it reads nothing back but a look for failed
+draws every 50 columns. `cuda_step.py` has the launches.
+
+What a row is computed from is that row alone, in an order that no batch changes, so a request with a seed gets the same
+tokens alone and in any batch; in version 1 (torch's own products, the baseline) only in a bucket of the same size.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..board import Board
+from ..kernels import heuristics
+from ..model import Transformer, position_table
+from ..prefill import known_rows, prefill_rows
+from ..state import Place, Sampler, State
+from .cuda_graphs import Capture, Launch
+from .cuda_pool import Pool, PooledCache, PooledTexts
+from .cuda_rows import RowTable
+from .cuda_step import Filters, Step
+
+_FIRST_ROWS = 16  # of the step's own memory; it doubles when more come
+_BOARD_ROWS = 64  # of a board, at least: the requests of many generations share it, and its graphs
+
+
+class CudaDecoder:
+    """Runs a `Transformer` step by step. Holds no state of a request but slots of its pools."""
+
+    def __init__(
+        self, transformer: Transformer, ops: Any, *, capture: Capture, kv: str | None = None, pdl: bool = False
+    ):
+        """
+        Args:
+            ops: the functions of a step, from `cuda_ops.py`. capture: from `cuda_graphs.py`.
+            kv: None, keys and values in the dtype of the activations, or 'int8': half the memory.
+            pdl: let kernels overlap the end of the one before (sm_90 and newer).
+        """
+        if kv not in (None, "int8"):
+            raise ValueError(f"unknown format {kv!r} of keys and values: expected None or 'int8'")
+        self.model, self.config = transformer, transformer.config
+        self.dtype, self._device = transformer.dtype, transformer.device
+        self._ops, self._capture, self._pdl = ops, capture, pdl
+        self._cache = Pool(self.config, torch.int8 if kv else self.dtype, self._device, 128, self._forget_graphs)
+        self._texts = Pool(self.config, self.dtype, self._device, 16, self._forget_graphs)
+        self._boards: list[Board] = []
+        self._graphs: dict[tuple, Launch] = {}
+        self._memory: Step | None = None
+        self._table = RowTable(_FIRST_ROWS, self._device)
+        self._positions = position_table(2048, self.config.dim, self._device)
+        self._lock = threading.RLock()  # a pass uses the step's memory: those of several threads take turns
+
+    # -- set-up -------------------------------------------------------------------------------------------------------
+
+    def allocate(self, rows: int, capacity: int) -> PooledCache:
+        """Slots of the pool. torch.OutOfMemoryError where there is no room."""
+        with self._lock:
+            return PooledCache(self._cache, rows, capacity)
+
+    def board_for(self, rows: int, num_steps: int) -> Board:
+        """A board with such rows free: one that is there, so that its graphs serve, or a new one."""
+        with self._lock:
+            for board in self._boards:
+                if board.num_steps >= num_steps and board.fits(rows):
+                    return board
+            for board in [board for board in self._boards if board.empty]:
+                self._boards.remove(board)
+                self._graphs = {key: graph for key, graph in self._graphs.items() if key[0] != id(board)}
+            self._boards.append(Board(self.config, max(rows, _BOARD_ROWS), num_steps, self._device))
+            return self._boards[-1]
+
+    @torch.no_grad()
+    def condition(self, state: State) -> None:
+        """Project the text's keys and values of every layer, for the rows that attend to any."""
+        cross = [b.cross for b in state.conditions.branches if b.cross is not None]
+        assert all(b.cross is not None for b in state.conditions.branches[: len(cross)]), "null branches come last"
+        rows = [states for branch in cross for states in branch]
+        state.texts = None
+        if not rows:
+            return
+        with self._lock:
+            self._table.forget()
+            state.texts = PooledTexts(self._texts, [len(r) for r in rows])
+            for slot, text in zip(state.texts.slots, rows, strict=True):  # one by one: BLAS rounds by the batch
+                for index, layer in enumerate(self.model.layers):
+                    both = layer.cross_kv(text[None].to(self.dtype)).unflatten(-1, (2, self.config.num_heads, -1))  # type: ignore[operator,union-attr]
+                    self._texts.write(index, [slot], *both.permute(2, 0, 3, 1, 4))
+
+    def prepare(self, rows: int, mix: int = 2) -> None:
+        """Capture what a generation with top k needs, for all buckets up to `rows` rows, the large ones first.
+
+        Otherwise a bucket is captured when it is first used. Memory that has to grow later makes the graphs anew.
+        """
+        with self._lock:
+            board = self._boards[-1] if self._boards else self.board_for(1, 1)
+            with_text = self.config.conditioning == "cross"
+            for bucket in reversed(heuristics.buckets(rows)):
+                self._graph(board, bucket, with_text, mix, (True, False, False))
+
+    # -- the two functions --------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def prefill(self, state: State, draw: bool = True) -> None:
+        """Consume the prefix and every known column, then draw the first unknown one.
+
+        Without `draw` the last known column is left to the next `step`, which draws: how a saved state is filled. With
+        it, that step follows at once: a generation from nothing but a text is steps alone.
+        """
+        with self._lock:
+            state.lengths = [0] * len(state.lengths)
+            self._fill(state)
+            if draw:
+                self._step_lanes([state])
+                state.check()
+
+    @torch.no_grad()
+    def step(self, *states: State) -> None:
+        """Consume the column that each lane wrote last and draw its next one, in the order of the lanes.
+
+        A failed draw raises after every lane has advanced.
+        """
+        with self._lock:
+            self._step_lanes(states)
+        for state in states:
+            state.check()
+
+    # -- inside -------------------------------------------------------------------------------------------------------
+
+    def _step_lanes(self, states: Sequence[State]) -> None:
+        filters = _joint_filters(states)
+        logits = self._forward(states, filters)
+        for state in states:
+            if filters is None:
+                state.draw(logits[: len(state.lengths)])
+            else:
+                state.drawn()
+            logits = logits[len(state.lengths) :]
+
+    def _forward(self, states: Sequence[State], filters: Filters | None) -> Tensor:
+        """The step in one launch, with the draw if `filters` are given; logits [R, K, V] of the rows of all lanes."""
+        rows = sum(len(state.lengths) for state in states)
+        bucket = heuristics.bucket(rows)
+        mix = max(2, *(state.conditions.mix for state in states))
+        with_text = any(state.texts is not None for state in states)
+        longest = max(max(state.lengths) for state in states)
+        assert longest < self._cache.capacity, f"{longest + 1} positions do not fit a cache of {self._cache.capacity}"
+        if states[0].board is None or any(state.board is not states[0].board for state in states):
+            return torch.cat([self._forward_alone(state) for state in states])
+        launch = self._graph(states[0].board, bucket, with_text, mix, filters)
+        self._table.show(states, mix)
+        launch()
+        return self._counted(states, rows)
+
+    def _forward_alone(self, state: State) -> Tensor:
+        """The same without a graph or a draw, for a state that is on no board, or not on that of the others."""
+        rows = len(state.lengths)
+        bucket = heuristics.bucket(rows)
+        place = state.place if state.board is None else state.board.place
+        assert place is not None
+        step = self._sized(bucket)
+        self._table.show([state], 1)
+        self._launches(step, bucket, place, state.texts is not None, 1, None, None)()
+        self._table.forget()
+        return self._counted([state], rows).clone()
+
+    def _counted(self, states: Sequence[State], rows: int) -> Tensor:
+        self._table.advanced()
+        for state in states:
+            state.lengths = [n + 1 for n in state.lengths]
+        assert self._memory is not None
+        return self._memory.logits(rows)
+
+    def _graph(self, board: Board, bucket: int, with_text: bool, mix: int, filters: Filters | None) -> Launch:
+        """The captured step of a bucket, which is captured now if it was not yet."""
+        step = self._sized(bucket)
+        key = (id(board), bucket, with_text, mix, filters)
+        if key not in self._graphs:
+            body = self._launches(step, bucket, board.place, with_text, mix, filters, board)
+            self._table.silence()
+            body()  # compiles kernels and sets up libraries, which a capture must not; no row takes part
+            self._graphs[key] = self._capture(body)
+        return self._graphs[key]
+
+    def _launches(
+        self, step: Step, bucket: int, place: Place, with_text: bool, mix: int, filters: Filters | None,
+        board: Board | None,
+    ) -> Launch:  # fmt: skip
+        table = self._table.bucket(bucket, mix)
+
+        def launch() -> None:
+            step.forward(table, place.sequence, with_text)
+            if filters is not None and board is not None:
+                step.draw(table, board, filters)
+            step.advance(table, place, filters is not None)
+
+        return launch
+
+    def _sized(self, rows: int) -> Step:
+        """The step's memory, for so many rows at least."""
+        if rows > self._table.size:
+            self._table = RowTable(heuristics.bucket(max(rows, 2 * self._table.size)), self._device)
+            self._forget_graphs()
+        if self._memory is None:
+            c, t = self._cache, self._texts
+            self._memory = Step(self.model, self.dtype, self._ops, c, t, self._table.size, self._pdl)
+        return self._memory
+
+    def _forget_graphs(self) -> None:
+        """What was captured reads memory that is gone."""
+        self._graphs.clear()
+        self._memory = None
+
+    # -- prefixes and prompts -----------------------------------------------------------------------------------------
+
+    def _fill(self, state: State) -> None:
+        """Consume the prefix and the known columns but the last one, request by request: what a request is computed
+        from must not depend on the batch, and BLAS rounds by it."""
+        conditions, rows = state.conditions, known_rows(self.model, state, state.column - 1)
+        state.lengths = [len(row) for row in rows]
+        longest = max(state.lengths)
+        assert longest < state.capacity, f"{longest} positions do not fit a cache of {state.capacity}"
+        if longest == 0:
+            return
+        if longest > len(self._positions):
+            self._positions = position_table(longest, self.config.dim, self._device)
+        for request in range(conditions.batch):
+            own = list(range(request, len(rows), conditions.batch))
+            self._fill_rows(state, own, [rows[r] for r in own])
+
+    def _fill_rows(self, state: State, own: list[int], rows: list[Tensor]) -> None:
+        slots = [state.kv.slots[r] for r in own]
+
+        def append(index: int, keys: Tensor, values: Tensor) -> None:
+            self._cache.write(index, slots, keys, values)
+
+        texts, mask = [], None
+        if state.texts is not None:
+            own = [r for r in own if r < len(state.texts.lengths)]
+            lengths = torch.tensor([state.texts.lengths[r] for r in own], device=self._device)
+            longest = int(max(state.texts.lengths[r] for r in own))
+            index = self._texts.index([state.texts.slots[r] for r in own])
+            texts = [layer[:, index, :, :longest] for layer in self._texts.tensor]
+            mask = (torch.arange(longest, device=self._device) < lengths[:, None])[:, None, None, :]
+        prefill_rows(self.model, rows, self._positions, append, texts, mask)
+
+
+def _joint_filters(states: Sequence[State]) -> Filters | None:
+    """The filters that any lane uses, where one launch can draw for all; None: they draw one by one.
+
+    In noise mode the order of the draws matters, a crossfade draws from two lanes, and a sampler may be the user's own.
+    """
+    for state in states:
+        sampler = state.sampler
+        counted = sampler.seeds is not None or sampler.params.all_greedy
+        if not counted or state.board is None or state.blend is not None or type(sampler) is not Sampler:
+            return None
+        if state.board is not states[0].board or sampler.backend not in ("auto", "triton"):
+            return None
+    if os.environ.get("MUSICGEN_FAST_SAMPLER", "auto") not in ("", "auto", "triton"):
+        return None
+    used = [state.sampler.params for state in states]
+    return any(p.any_top_k for p in used), any(p.any_top_p for p in used), any(p.any_min_p for p in used)
