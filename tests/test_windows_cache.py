@@ -220,8 +220,12 @@ def test_no_step_at_a_change_is_long_and_nothing_is_computed_twice(decoder_for, 
     assert changes == len(range(18, 200 - 12, 18))
 
 
-def test_shadows_draw_nothing(decoder, conditions, monkeypatch):
-    """One draw a step, two in the three steps of a tail; the columns of seeded noise are those of a prefill."""
+def test_shadows_draw_nothing(conditions, monkeypatch):
+    """One draw a step, two in the three steps of a tail; the columns of seeded noise are those of a prefill.
+
+    On the torch decoder: others draw for several lanes at once.
+    """
+    decoder = build_decoder("torch")
     drawn, inner = [], Sampler.__call__
 
     def recorded(self, logits, place):
