@@ -16,8 +16,8 @@ from torch import Tensor
 from . import engine
 from .conditioning import COMPAT, Conditioner, ConditioningAttributes
 from .config import GenerationParams, ModelConfig
+from .decoder_for import decoder_for
 from .decoders.cpu_model import PackedTransformer
-from .decoders.torch import TorchDecoder
 from .lanes import Decoder
 from .model import Transformer
 from .sampling import SamplingParams, signed_seed
@@ -39,11 +39,7 @@ class LMModel:
         self.config: ModelConfig = transformer.config
         self.transformer = transformer
         self.conditioner = conditioner
-        self.decoder: Decoder
-        if isinstance(transformer, PackedTransformer):
-            self.decoder = transformer.decoder
-        else:
-            self.decoder = TorchDecoder(transformer)
+        self.decoder: Decoder = decoder_for(transformer)
         self.cfg = cfg
         self.cfg_coef = self.config.cfg_coef
         self.two_step_cfg = self.config.two_step_cfg

@@ -20,6 +20,7 @@ from .errors import CheckpointError
 from .lm import LMModel
 from .model import Transformer
 from .packing import PACKED_PRECISIONS, pack_weights
+from .quantised import quantise
 
 log = logging.getLogger(__name__)
 
@@ -53,7 +54,7 @@ def load_parts(
     asked, precision = precision, pick_precision(precision, device)
     packed = packs(precision, device)
     # What is packed is rounded once, from what the file holds.
-    dtype = None if packed and precision != "float32" else DTYPES[precision]
+    dtype = None if packed and precision != "float32" else DTYPES.get(precision, torch.float16)
     checkpoint = load_checkpoint(
         name, text_encoder=text_encoder, dtype=dtype, revision=revision, cache_dir=cache_dir,
         base=base, adapter=adapter, adapter_scale=adapter_scale, stream=packed,
@@ -61,7 +62,7 @@ def load_parts(
     if checkpoint.packed is not None:
         precision = _own_precision(checkpoint.name, checkpoint.packed.precision, asked, device)
         packed = True
-    transformer = _packed(checkpoint, precision) if packed else _unpacked(checkpoint, device)
+    transformer = _packed(checkpoint, precision) if packed else _unpacked(checkpoint, device, precision)
     conditioner = Conditioner(
         checkpoint.config,
         transformer,
@@ -112,8 +113,8 @@ def pick_precision(precision: str | None, device: torch.device) -> str:
     if precision is not None and precision not in PRECISIONS:
         raise ValueError(f"unknown precision {precision!r}: expected one of {', '.join(PRECISIONS)}")
     if device.type != "cpu":
-        if precision in ("int8", "int4"):
-            raise ValueError(f"precision {precision!r} runs on a CPU only; on {device.type} take 'float16'")
+        if precision == "int4" or (precision == "int8" and device.type != "cuda"):
+            raise ValueError(f"precision {precision!r} does not run on {device.type}; take 'float16'")
         return "float16" if precision in (None, "auto") else precision
     if precision == "auto":
         return "int8" if native.available() else "float32"
@@ -160,9 +161,11 @@ def _packed(checkpoint: Checkpoint, precision: str) -> PackedTransformer:
         raise CheckpointError(f"{checkpoint.name}: {error}") from None
 
 
-def _unpacked(checkpoint: Checkpoint, device: torch.device) -> Transformer:
+def _unpacked(checkpoint: Checkpoint, device: torch.device, precision: str) -> Transformer:
     transformer = Transformer.from_weights(checkpoint.config, checkpoint.lm).to(device)
     checkpoint.lm.clear()  # the only other owner: from here on each matrix is freed as it is moved
+    if precision == "int8":
+        quantise(transformer)
     if device.type == "cpu":
         move_to_huge_pages(transformer)
     return transformer

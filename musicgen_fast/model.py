@@ -110,11 +110,12 @@ class Transformer(nn.Module):
 
     @property
     def dtype(self) -> torch.dtype:
-        return self.heads.weight.dtype
+        """Of activations and logits; of the weights too, unless they are quantised."""
+        return self.emb.weight.dtype
 
     @property
     def device(self) -> torch.device:
-        return self.heads.weight.device
+        return self.emb.weight.device
 
     def logits(self, x: Tensor) -> Tensor:
         """Residual [..., d] -> logits [..., K, V] in the model's dtype."""
