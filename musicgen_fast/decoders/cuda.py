@@ -30,6 +30,7 @@ from .cuda_rows import RowTable
 from .cuda_step import Filters, Step
 
 _FIRST_ROWS = 16  # of the step's own memory; it doubles when more come
+_USUAL_TEXT = 48  # tokens of a description that is not short
 _BOARD_ROWS = 64  # of a board, at least: the requests of many generations share it, and its graphs
 
 
@@ -95,16 +96,19 @@ class CudaDecoder:
                     both = layer.cross_kv(text[None].to(self.dtype)).unflatten(-1, (2, self.config.num_heads, -1))  # type: ignore[operator,union-attr]
                     self._texts.write(index, [slot], *both.permute(2, 0, 3, 1, 4))
 
-    def prepare(self, rows: int, mix: int = 2) -> None:
-        """Capture what a generation with top k needs, for all buckets up to `rows` rows, the large ones first.
+    def prepare(self, rows: int, capacity: int, mix: int = 2) -> None:
+        """Take memory for `rows` rows of so many positions, and capture all buckets up to them, the large ones first.
 
-        Otherwise a bucket is captured when it is first used. Memory that has to grow later makes the graphs anew.
+        Otherwise memory grows as rows come, and a bucket is captured when it is first used (and again after growing).
+        For requests of `mix` branches without top p and min p. torch.OutOfMemoryError where there is no room.
         """
         with self._lock:
-            board = self._boards[-1] if self._boards else self.board_for(1, 1)
-            with_text = self.config.conditioning == "cross"
+            self._cache.reserve(rows, capacity)
+            self._texts.reserve(rows, _USUAL_TEXT)
+            self._sized(heuristics.bucket(rows))
+            board = self._boards[-1] if self._boards else self.board_for(1, capacity + 1)
             for bucket in reversed(heuristics.buckets(rows)):
-                self._graph(board, bucket, with_text, mix, (True, False, False))
+                self._graph(board, bucket, self.config.conditioning == "cross", mix, (True, False, False))
 
     # -- the two functions --------------------------------------------------------------------------------------------
 
@@ -254,9 +258,10 @@ class CudaDecoder:
 
 
 def _joint_filters(states: Sequence[State]) -> Filters | None:
-    """The filters that any lane uses, where one launch can draw for all; None: they draw one by one.
+    """Which filters the one launch needs that draws for all lanes; None where they must draw one by one.
 
     In noise mode the order of the draws matters, a crossfade draws from two lanes, and a sampler may be the user's own.
+    Top k alone, or all filters: two graphs a bucket are enough, since a filter that is off costs a row a comparison.
     """
     for state in states:
         sampler = state.sampler
@@ -268,4 +273,5 @@ def _joint_filters(states: Sequence[State]) -> Filters | None:
     if os.environ.get("MUSICGEN_FAST_SAMPLER", "auto") not in ("", "auto", "triton"):
         return None
     used = [state.sampler.params for state in states]
-    return any(p.any_top_k for p in used), any(p.any_top_p for p in used), any(p.any_min_p for p in used)
+    rare = any(p.any_top_p or p.any_min_p for p in used)
+    return True, rare, rare

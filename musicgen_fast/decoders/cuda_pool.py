@@ -30,8 +30,8 @@ class Pool:
         """`step`: capacities are its multiples."""
         self._config, self._dtype, self._device, self._step = config, dtype, device, step
         self.moved = moved
-        self._taken: list[bool] = []
-        self.tensor, self.scales = self._memory(0, step)
+        self._taken = [0, 0]  # positions that the taker of each slot asked for; 0: nobody has it
+        self.tensor, self.scales = self._memory(2, step)
 
     @property
     def capacity(self) -> int:
@@ -39,17 +39,21 @@ class Pool:
 
     def take(self, count: int, capacity: int) -> list[int]:
         """Slots of zeros. torch.OutOfMemoryError where there is no room; then nothing has changed."""
-        if capacity > self.capacity or self._taken.count(False) < count:
-            self._grow(count, -(-capacity // self._step) * self._step)
+        self.reserve(count, capacity)
         slots = [i for i, taken in enumerate(self._taken) if not taken][:count]
         for slot in slots:
-            self._taken[slot] = True
+            self._taken[slot] = capacity
         self.clear(slots)
         return slots
 
     def give_back(self, slots: Sequence[int]) -> None:
         for slot in slots:
-            self._taken[slot] = False
+            self._taken[slot] = 0
+
+    def reserve(self, count: int, capacity: int) -> None:
+        """Make room for so many more slots. torch.OutOfMemoryError as `take`."""
+        if capacity > self.capacity or self._taken.count(0) < count:
+            self._grow(count, capacity)
 
     def clear(self, slots: Sequence[int]) -> None:
         """Zeros: a masked position still counts as 0 x value in torch's attention, and 0 x NaN is NaN."""
@@ -78,30 +82,37 @@ class Pool:
             self.scales[:, :, here, :, :positions] = self.scales[:, :, there, :, :positions]
 
     def _grow(self, count: int, capacity: int) -> None:
-        taken = sum(self._taken)
+        """Move to memory for `count` more; of as many positions as those that are there need, not as there were."""
+        taken = sum(map(bool, self._taken))
+        capacity = -(-max(capacity, *self._taken) // self._step) * self._step
         if not taken:  # nobody's memory: let go of it before the next is asked for
             before = len(self._taken), self.capacity
-            self.tensor, self.scales = self._memory(0, self._step)
+            self._empty()
             try:
                 self._move(count, capacity)
             except torch.OutOfMemoryError:
                 self._move(*before)
                 raise
             return
-        wanted, capacity = taken + count, max(capacity, self.capacity)
+        wanted = max(taken + count, len(self._taken))
         try:
-            self._move(max(wanted, 2 * len(self._taken)), capacity)  # doubled: few moves, however many come
+            self._move(max(wanted, 2 * taken), capacity)  # doubled: few moves, however many come
         except torch.OutOfMemoryError:
-            self._move(max(wanted, len(self._taken)), capacity)
+            self._move(wanted, capacity)
+
+    def _empty(self) -> None:
+        self._taken = []
+        self.tensor, self.scales = self._memory(0, self._step)
+        self.moved()
 
     def _move(self, slots: int, capacity: int) -> None:
         tensor, scales = self._memory(slots, capacity)
-        old = self.tensor.shape[2]
-        tensor[:, :, :old, :, : self.capacity] = self.tensor
+        old, kept = self.tensor.shape[2], min(capacity, self.capacity)
+        tensor[:, :, :old, :, :kept] = self.tensor[..., :kept, :]
         if scales is not None and self.scales is not None:
-            scales[:, :, :old, :, : self.capacity] = self.scales
+            scales[:, :, :old, :, :kept] = self.scales[..., :kept]
         self.tensor, self.scales = tensor, scales
-        self._taken += [False] * (slots - len(self._taken))
+        self._taken += [0] * (slots - len(self._taken))
         self.moved()
 
     def _memory(self, slots: int, capacity: int) -> tuple[Tensor, Tensor | None]:

@@ -1,0 +1,405 @@
+"""The CUDA decoder on the CPU: its launches in plain torch, and captures that are noted and replayed.
+
+What a kernel computes is tested with the kernels; here is all that is around them: pools, tables, boards, buckets.
+The tests of the engine run on this decoder too.
+"""
+
+from __future__ import annotations
+
+import gc
+import threading
+
+import pytest
+import torch
+from musicgen_fast.kernels import heuristics, reference
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from musicgen_fast.decoders.cuda import CudaDecoder
+from musicgen_fast.decoders.cuda_graphs import launch_at_once
+from musicgen_fast.decoders.cuda_ops import torch_ops
+from musicgen_fast.decoders.torch import TorchDecoder
+from musicgen_fast.model import Transformer
+from musicgen_fast.quantised import quantise
+from musicgen_fast.slot_engine import RequestError, SlotEngine
+from musicgen_fast.state import Branch, Conditions
+
+from .engine_tools import (
+    STEREO,
+    WAYS,
+    WINDOW,
+    build_decoder,
+    collected,
+    plain,
+    prompt_of,
+    sampler_for,
+    text_conditions,
+    texts,
+)
+from .fake_capture import FakeCapture
+from .test_cpu_decoder import small  # noqa: F401  (a fixture)
+from .test_decoder import random_model
+from .test_engine import alone, request
+
+CPU = torch.device("cpu")
+
+
+def decoder_of(model: Transformer, **options) -> CudaDecoder:
+    return CudaDecoder(model, torch_ops(CPU), capture=options.pop("capture", launch_at_once), **options)
+
+
+@pytest.fixture
+def exact(monkeypatch):
+    """Products that BLAS does not round by the number of rows: what the kernels promise and torch does not."""
+
+    def product(a, weight, scales):
+        assert scales is None
+        return (a[:, None].float() * weight.float()).sum(-1).to(a.dtype)
+
+    monkeypatch.setattr(reference, "_product", product)
+
+
+# -- against the reference ----------------------------------------------------------------------------------------
+
+
+KINDS = {
+    "cross": {},
+    "odd": {"dim": 36, "num_heads": 3, "ffn_dim": 70},
+    "stereo": {"num_codebooks": 8, "pattern": STEREO},
+}
+
+
+@pytest.mark.parametrize("prompt", [0, 7])
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("kind", KINDS)
+def test_tokens_are_those_of_the_reference(kind, way, prompt):
+    """In noise mode and with counters, over windows."""
+    model = random_model("cross", **KINDS[kind])
+    codebooks, conditions = model.config.num_codebooks, text_conditions(2)
+    if model.config.dim != 32:
+        generator = torch.Generator().manual_seed(1)
+        branch = Branch(cross=[torch.randn(n, model.config.dim, generator=generator) for n in (3, 5)])
+        conditions = Conditions(2, [branch, Branch()], 2)
+    for seeds in (None, [3, 4]):
+        tokens = []
+        for decoder in (TorchDecoder(model), decoder_of(model)):
+            torch.manual_seed(1)
+            sampler, known = sampler_for(2, way, seeds, codebooks), prompt_of(2, prompt, codebooks)
+            tokens.append(plain(decoder, 50, conditions, sampler, known))
+        assert torch.equal(*tokens)
+
+
+def test_prefixes_of_other_lengths_per_row():
+    model = random_model("prefix")
+    branches = [Branch(prefix=texts(4, 6)), Branch(prefix=texts(2, 6, seed=1))]
+    conditions = Conditions(2, branches, 2)
+    tokens = [plain(d, 40, conditions, sampler_for(2, seeds=[1, 2])) for d in (TorchDecoder(model), decoder_of(model))]
+    assert torch.equal(*tokens)
+
+
+@pytest.mark.slow
+def test_small_for_60_steps(small):  # noqa: F811
+    """Greedy and in noise mode, at musicgen-small's size."""
+    states = torch.randn(1, 9, small.config.dim, generator=torch.Generator().manual_seed(2))
+    conditions = Conditions(1, [Branch(cross=list(states)), Branch()], 2)
+    for way in ("greedy", "top-k"):
+        tokens = []
+        for decoder in (TorchDecoder(small), decoder_of(small)):
+            torch.manual_seed(3)
+            tokens.append(plain(decoder, 60, conditions, sampler_for(1, way), window=60, stride=30))
+        assert torch.equal(*tokens)
+
+
+def logits_of(decoder, conditions, steps: int = 20):
+    """Of every column of a greedy run that is forced to a plain decoder's tokens: [columns, R, K, V]."""
+    kept, inner = [], decoder._forward
+
+    def forward(states, filters):
+        kept.append(inner(states, filters).clone())
+        return kept[-1]
+
+    decoder._forward = forward
+    plain(decoder, steps, conditions, sampler_for(conditions.batch, "greedy", [1] * conditions.batch))
+    return torch.stack(kept)
+
+
+@pytest.mark.parametrize(("what", "limit"), [("int8 keys and values", 0.01), ("int8 weights", 0.03)])
+def test_eight_bits(what, limit):
+    """Near full precision, and not the same: before the first token that differs."""
+    model = random_model("cross", dim=64, ffn_dim=128)
+    generator = torch.Generator().manual_seed(1)
+    conditions = Conditions(1, [Branch(cross=[torch.randn(5, 64, generator=generator)]), Branch()], 2)
+    expected = logits_of(decoder_of(model), conditions)
+    if what == "int8 weights":
+        quantise(model)
+        assert (
+            model.layers[0].qkv.weight.dtype == model.heads.weight.dtype == torch.int8 and model.dtype == torch.float32
+        )
+    found = logits_of(decoder_of(model, kv="int8" if "keys" in what else None), conditions)
+    errors = (found - expected).flatten(1).norm(dim=1) / expected.flatten(1).norm(dim=1)
+    assert 1e-6 < errors[1] < limit and errors[:3].max() < limit
+
+
+def test_eight_bits_of_a_prompt_are_those_of_steps():
+    """What a prefill writes into an int8 cache is what steps would have written."""
+    model, conditions = random_model("cross"), text_conditions(1)
+    for kv in (None, "int8"):
+        decoder = decoder_of(model, kv=kv)
+        whole = plain(decoder, 20, conditions, sampler_for(1, "greedy", [1]))
+        again = plain(decoder, 20, conditions, sampler_for(1, "greedy", [1]), whole[:, :, :10])
+        assert (whole == again).float().mean() > 0.9
+
+
+# -- graphs -------------------------------------------------------------------------------------------------------
+
+
+def test_a_graph_serves_every_request_of_its_bucket():
+    """Captured once; other texts, parameters, lengths, windows and slots are in the tensors."""
+    decoder = build_decoder("cuda")
+    decoder.prepare(4, WINDOW + 8)
+    assert decoder.fake.captured == 2
+    for number, way in enumerate(("top-k", "greedy", "plain", "top-k")):
+        engine = SlotEngine(decoder, 4, WINDOW, shadow=False)
+        engine.admit(request(number, total=9 + 20 * number, text=number))
+        if number:
+            engine.admit(request(number, total=5, text=number + 7, way=way, branches=number - 1 or 2))
+        while engine.running:
+            engine.step()
+    assert decoder.fake.captured == 2, "for two rows and for four"
+    assert decoder.fake.replayed == len(decoder.rows)
+
+
+def test_graph_and_eager_are_equal():
+    model, conditions = random_model("cross"), text_conditions(2)
+    fake = FakeCapture(torch_ops(CPU))
+    captured = CudaDecoder(model, fake.ops, capture=fake)
+    tokens = [plain(d, 60, conditions, sampler_for(2, seeds=[1, 2])) for d in (captured, decoder_of(model))]
+    assert torch.equal(*tokens) and fake.captured == 1
+
+
+def test_prepared_buckets_are_captured_from_the_large_ones_on():
+    decoder = build_decoder("cuda")
+    decoder.prepare(16, 40)
+    assert [key[1] for key in decoder._graphs] == [16, 8, 4, 2]
+    plain(decoder, 20, text_conditions(8), sampler_for(8, seeds=list(range(8))))
+    plain(decoder, 20, text_conditions(1), sampler_for(1, seeds=[1]))
+    assert decoder.fake.captured == 4
+    decoder.allocate(2, 400)
+    assert not decoder._graphs, "what was captured reads memory that is gone"
+    plain(decoder, 20, text_conditions(1), sampler_for(1, seeds=[1]))
+    assert decoder.fake.captured == 5
+
+
+class NothingWaits(TorchDispatchMode):
+    """Refuses what would read the device, or make a shape of what lies there."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func.overloadpacket.__name__
+        assert name not in ("_local_scalar_dense", "nonzero", "masked_select", "item", "unique2"), name
+        for index in args[1] if name == "index" else ():
+            assert index is None or index.dtype != torch.bool, "the shape depends on a mask's content"
+        return func(*args, **(kwargs or {}))
+
+
+def test_no_function_of_a_step_waits_for_the_device():
+    """All of version 1 but its draw, which is Triton's on a GPU."""
+    decoder = decoder_of(random_model("cross"))
+    checked = []
+
+    def watched(function):
+        def call(*args, **kwargs):
+            with NothingWaits():
+                function(*args, **kwargs)
+            checked.append(function.__name__)
+
+        return call
+
+    for name, function in vars(decoder._ops).items():
+        if name != "sample_rows":
+            setattr(decoder._ops, name, watched(function))
+    plain(decoder, 6, text_conditions(2), sampler_for(2, seeds=[1, 2]))
+    assert set(checked) == {"embed", "norm_linear", "linear_parts", "attention", "cross_attention", "advance"}
+
+
+# -- requests that come and go ------------------------------------------------------------------------------------
+
+
+def random_request(generator: torch.Generator):
+    def pick(*values):
+        return values[int(torch.randint(0, len(values), (1,), generator=generator))]
+
+    seed = int(torch.randint(-(2**62), 2**62, (1,), generator=generator))
+    prompt = pick(0, 0, 0, 1, 6)
+    window = pick(WINDOW, 20, 12)
+    stride = pick(4, 8, 12) if window == 20 else window // 2
+    return request(
+        seed, total=prompt + pick(1, 4, 9, 17, 33, 50), window=window, stride=stride, text=pick(*range(30)),
+        prompt=prompt, branches=pick(1, 2, 2, 2, 3), way=pick(*WAYS),
+    )  # fmt: skip
+
+
+def check_random_requests(seed: int, count: int) -> None:
+    """Requests at random times in random numbers of slots, some cancelled: each as if it were alone."""
+    generator = torch.Generator().manual_seed(seed)
+    decoder, solo = build_decoder("cuda"), build_decoder("cuda")
+    chance = lambda: float(torch.rand((), generator=generator))  # noqa: E731
+    engine = SlotEngine(decoder, 1 + seed % 8, WINDOW, shadow=bool(seed % 3))
+    asked, frames, cancelled = {}, {}, set()
+    while engine.running or len(asked) < count:
+        while engine.free and len(asked) < count and (chance() < 0.4 or not engine.running):
+            r = random_request(generator)
+            (number,) = engine.admit(r)
+            asked[number], frames[number] = r, []
+        for number, new in engine.step().items():
+            frames[number].append(new)
+        if engine.running and chance() < 0.02:
+            cancelled.add(engine.running[0])
+            engine.cancel(engine.running[0])
+    assert engine.free == 1 + seed % 8
+    for number, r in asked.items():
+        found, expected = torch.cat(frames[number], 1), alone(solo, r)
+        end = found.shape[1] if number in cancelled else expected.shape[1]
+        assert torch.equal(found, expected[:, :end]), f"request {number} of seed {seed}"
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_random_requests(exact, seed):
+    check_random_requests(seed, 12)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(10, 30))
+def test_thousands_of_random_requests(exact, seed):
+    check_random_requests(seed, 100)
+
+
+def no_room(self, slots, capacity):
+    raise torch.OutOfMemoryError("CUDA out of memory")
+
+
+def test_out_of_memory_on_admission_is_the_request_s_own(exact, monkeypatch):
+    """It fails by name; the others go on, and what comes later finds room."""
+    decoder = build_decoder("cuda")
+    good, late = request(1, total=20), request(3, total=12)
+    engine = SlotEngine(decoder, 4, WINDOW)
+    (number,) = engine.admit(good)
+    frames = {number: [engine.step()[number]]}
+    (failing,) = engine.admit(request(2, total=20))
+    with monkeypatch.context() as patch:
+        patch.setattr(type(decoder._cache), "_memory", no_room)
+        with pytest.raises(RequestError, match="out of memory") as caught:
+            engine.step()
+    assert caught.value.requests == [failing] and engine.running == [number]
+    (other,) = engine.admit(late)
+    frames[other] = []
+    while engine.running:
+        for n, new in engine.step().items():
+            frames[n].append(new)
+    for n, r in ((number, good), (other, late)):
+        assert torch.equal(torch.cat(frames[n], 1), alone(build_decoder("cuda"), r))
+
+
+def test_nan_in_one_row_fails_its_request_alone(exact):
+    """Its keys and values lie in the pool that all share."""
+    decoder = build_decoder("cuda")
+    good, bad = request(1, total=25), request(2, total=25, text=1)
+    bad.conditions_of(None).branches[0].cross[0].fill_(float("nan"))
+    broken = bad.conditions_of(None)
+    bad.conditions_of = lambda _: broken
+    engine = SlotEngine(decoder, 2, WINDOW)
+    (number,), (failing,) = engine.admit(good), engine.admit(bad)
+    frames, failures = [], []
+    while engine.running:
+        try:
+            frames += [new for n, new in engine.step().items() if n == number]
+        except RequestError as error:
+            failures.append(error.requests)
+    assert failures == [[failing]]
+    expected = alone(build_decoder("cuda"), good)
+    assert torch.equal(torch.cat(frames, 1), expected)
+    assert torch.equal(alone(decoder, good), expected), "the slot that held NaN serves again"
+
+
+def test_several_threads_take_turns(exact):
+    decoder = build_decoder("cuda")
+    requests = [request(n, total=30, text=n) for n in range(4)]
+    found: dict[int, torch.Tensor] = {}
+    threads = [threading.Thread(target=lambda n=n: found.update({n: alone(decoder, requests[n])})) for n in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for n, r in enumerate(requests):
+        assert torch.equal(found[n], alone(build_decoder("cuda"), r))
+
+
+# -- memory -------------------------------------------------------------------------------------------------------
+
+
+def test_pools_grow_around_what_lives_in_them(exact):
+    decoder, conditions = build_decoder("cuda"), text_conditions(1)
+    first = streamed(decoder, 40, conditions, sampler_for(1, seeds=[1]), window=40, stride=20)
+    frames = [next(first) for _ in range(12)]
+    longer = Conditions(3, [Branch(cross=texts(40, 3, 17)), Branch()], 2)
+    second = plain(decoder, 200, longer, sampler_for(3, seeds=[2, 3, 4]), window=200, stride=100)
+    frames += list(first)
+    fresh = build_decoder("cuda")
+    assert torch.equal(second, plain(fresh, 200, longer, sampler_for(3, seeds=[2, 3, 4]), window=200, stride=100))
+    whole = plain(fresh, 40, conditions, sampler_for(1, seeds=[1]), window=40, stride=20)
+    assert torch.equal(torch.cat(frames, 2), whole)
+
+
+def test_slots_come_back_when_nobody_holds_them():
+    decoder = build_decoder("cuda")
+    for _ in range(3):
+        plain(decoder, 40, text_conditions(2), sampler_for(2, seeds=[1, 2]))
+        engine = SlotEngine(decoder, 2, WINDOW)
+        engine.admit(request(1, total=40))
+        engine.step()
+        engine.close()
+        del engine
+    gc.collect()
+    assert not any(decoder._cache._taken) and not any(decoder._texts._taken)
+    assert len(decoder._cache._taken) == 4, "two requests with two rows were the most"
+    assert all(board.empty for board in decoder._boards) and len(decoder._boards) == 1
+
+
+def test_a_large_cache_gives_way_to_what_is_asked_for():
+    """Thirty seconds for one, then five seconds for many: not thirty for many."""
+    decoder = build_decoder("cuda")
+    del decoder.allocate(2, 1503).slots
+    assert decoder._cache.capacity == 1536
+    caches = [decoder.allocate(2, 250) for _ in range(8)]
+    assert decoder._cache.capacity == 256 and decoder._cache.tensor.shape[2] == 16 and len(caches) == 8
+
+
+def test_a_longer_window_gets_a_longer_board():
+    decoder, conditions = build_decoder("cuda"), text_conditions(1)
+    plain(decoder, 20, conditions, sampler_for(1, seeds=[1]))
+    plain(decoder, 60, conditions, sampler_for(1, seeds=[1]), window=60, stride=30)
+    gc.collect()
+    plain(decoder, 90, conditions, sampler_for(1, seeds=[1]), window=90, stride=30)
+    assert len(decoder._boards) == 1, "boards that nobody uses go"
+    assert {key[0] for key in decoder._graphs} == {id(decoder._boards[0])}
+
+
+@pytest.mark.parametrize("rows", [1, 2, 3, 5, 8, 9, 64, 129])
+def test_buckets(rows):
+    assert heuristics.bucket(rows) >= rows and heuristics.bucket(rows) in heuristics.buckets(rows)
+
+
+def test_a_window_that_is_longer_than_the_first_position_table(exact):
+    model = random_model("cross", num_layers=1)
+    conditions = text_conditions(1)
+    prompt = torch.randint(0, 50, (1, 4, 2300), generator=torch.Generator().manual_seed(1))
+    tokens = [
+        plain(d, 2306, conditions, sampler_for(1, "greedy", [1]), prompt, window=2400, stride=1200)
+        for d in (TorchDecoder(model), decoder_of(model))
+    ]
+    assert torch.equal(*tokens)
+
+
+def test_frames_come_while_it_plays():
+    decoder, conditions = build_decoder("cuda"), text_conditions(1)
+    generation = streamed(decoder, 50, conditions, sampler_for(1, seeds=[1]))
+    whole = plain(decoder, 50, conditions, sampler_for(1, seeds=[1]))
+    assert torch.equal(collected(generation), whole)
