@@ -32,6 +32,7 @@ from .engine_tools import (
     plain,
     prompt_of,
     sampler_for,
+    streamed,
     text_conditions,
     texts,
 )
