@@ -2,7 +2,8 @@
 
 MUSICGEN_FAST_CUDA picks on a GPU: v3 (Triton kernels; the default in half precision and int8), v1 (torch's products;
 the default in float32), torch (no graph at all). What was not picked by name is tried first: a few columns must give
-the logits of the reference, or the next one serves and a warning says why.
+the logits of the reference, or the next one serves and a warning says why. MUSICGEN_FAST_KV=int8 halves the memory of
+keys and values; MUSICGEN_FAST_FOLD=1 folds short texts while few run; MUSICGEN_FAST_PDL=0 lets no kernel overlap another.
 """
 
 from __future__ import annotations
@@ -65,7 +66,8 @@ def cuda_decoder(transformer: Transformer, version: str, kv: str | None = None) 
         raise RuntimeError(f"the CUDA decoder needs Triton, which cannot be imported ({error})") from error
     # Programmatic dependent launch came with Hopper.
     pdl = torch.cuda.get_device_capability(device)[0] >= 9 and os.environ.get("MUSICGEN_FAST_PDL") != "0"
-    return CudaDecoder(transformer, ops, capture=CudaGraphs(device), kv=kv, pdl=pdl and version == "v3")
+    fold = os.environ.get("MUSICGEN_FAST_FOLD") == "1" and not isinstance(transformer.heads, QuantisedLinear)
+    return CudaDecoder(transformer, ops, capture=CudaGraphs(device), kv=kv, pdl=pdl and version == "v3", fold=fold)
 
 
 def first_sound(transformer: Transformer, builders: dict[str, Callable[[], Decoder]]) -> Decoder:

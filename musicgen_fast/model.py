@@ -66,6 +66,19 @@ class Layer(nn.Module):
         """[R, S, d] -> [R, H, S, d/H]."""
         return rearrange(x, "r s (h e) -> r h s e", h=self.num_heads)
 
+    def folded_text(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """The query projection folded into a text's keys, the values into the output projection: two [R, H, N, d].
+
+        scores = (h Wq) K^T = h (Wq K^T), and (p V) Wo = p (V Wo): the same algebra, with matrices of H * N rows where
+        the projections have d, so less to read for N < d / H. The scale 1 / sqrt(d / H) is in the first. keys and
+        values are [R, H, N, d/H].
+        """
+        heads, head_dim = keys.shape[1], keys.shape[3]
+        query = self.cross_q.weight.unflatten(0, (heads, head_dim))  # [H, dh, d]
+        output = self.cross_out.weight.unflatten(1, (heads, head_dim))  # [d, H, dh]
+        to_scores = torch.einsum("rhne,hed->rhnd", keys, query) * head_dim**-0.5
+        return to_scores, torch.einsum("rhne,dhe->rhnd", values, output)
+
     def forward(self, x: Tensor, causal: Tensor, cross: Tensor | None) -> Tensor:
         """x [R, S, d]; causal [S, S] bool, True where attended; cross [R, N, d], all of it attended."""
         dtype = self.qkv.weight.dtype

@@ -97,6 +97,22 @@ def test_prefixes_of_other_lengths_per_row():
     assert torch.equal(*tokens)
 
 
+def test_folded_texts_are_the_same_algebra():
+    """Alone folded, in a crowd not; and a text that is too long never."""
+    model = random_model("cross")
+    decoder = decoder_of(model, fold=True)
+    for lengths, way in (((3,), "folded"), ((3, 5), "folded"), ((9, 8), "plain"), ((40,), "plain")):
+        conditions = Conditions(len(lengths), [Branch(cross=texts(*lengths)), Branch()], 2)
+        seeds = list(range(len(lengths)))
+        expected = logits_of(decoder_of(model), conditions)
+        torch.testing.assert_close(logits_of(decoder, conditions), expected, rtol=2e-4, atol=2e-4)
+        assert [key[2] for key in decoder._graphs][-1] == way
+        assert torch.equal(
+            plain(decoder, 40, conditions, sampler_for(len(lengths), seeds=seeds)),
+            plain(TorchDecoder(model), 40, conditions, sampler_for(len(lengths), seeds=seeds)),
+        )
+
+
 @pytest.mark.slow
 def test_small_for_60_steps(small):  # noqa: F811
     """Greedy and in noise mode, at musicgen-small's size."""
@@ -120,6 +136,7 @@ def logits_of(decoder, conditions, steps: int = 20):
 
     decoder._forward = forward
     plain(decoder, steps, conditions, sampler_for(conditions.batch, "greedy", [1] * conditions.batch))
+    decoder._forward = inner
     return torch.stack(kept)
 
 

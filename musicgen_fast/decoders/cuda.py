@@ -11,7 +11,6 @@ tokens alone and in any batch; in version 1 (torch's own products, the baseline)
 
 from __future__ import annotations
 
-import os
 import threading
 from collections.abc import Sequence
 from typing import Any
@@ -21,13 +20,13 @@ from torch import Tensor
 
 from ..board import Board
 from ..kernels import heuristics
-from ..model import Transformer, position_table
+from ..model import Layer, Transformer, position_table
 from ..prefill import known_rows, prefill_rows
-from ..state import Place, Sampler, State
+from ..state import Place, State
 from .cuda_graphs import Capture, Launch
 from .cuda_pool import Pool, PooledCache, PooledTexts
-from .cuda_rows import RowTable
-from .cuda_step import Filters, Step
+from .cuda_rows import TOP_K, Filters, RowTable, joint_filters
+from .cuda_step import Step, Text
 
 _FIRST_ROWS = 16  # of the step's own memory; it doubles when more come
 _USUAL_TEXT = 48  # tokens of a description that is not short
@@ -38,13 +37,22 @@ class CudaDecoder:
     """Runs a `Transformer` step by step. Holds no state of a request but slots of its pools."""
 
     def __init__(
-        self, transformer: Transformer, ops: Any, *, capture: Capture, kv: str | None = None, pdl: bool = False
+        self,
+        transformer: Transformer,
+        ops: Any,
+        *,
+        capture: Capture,
+        kv: str | None = None,
+        pdl: bool = False,
+        fold: bool = False,
     ):
         """
         Args:
             ops: the functions of a step, from `cuda_ops.py`. capture: from `cuda_graphs.py`.
             kv: None, keys and values in the dtype of the activations, or 'int8': half the memory.
             pdl: let kernels overlap the end of the one before (sm_90 and newer).
+            fold: while few short texts run, read them with the projections around them folded in, a tenth less per
+                step; then a request's tokens alone are those in a batch only within rounding.
         """
         if kv not in (None, "int8"):
             raise ValueError(f"unknown format {kv!r} of keys and values: expected None or 'int8'")
@@ -53,6 +61,8 @@ class CudaDecoder:
         self._ops, self._capture, self._pdl = ops, capture, pdl
         self._cache = Pool(self.config, torch.int8 if kv else self.dtype, self._device, 128, self._forget_graphs)
         self._texts = Pool(self.config, self.dtype, self._device, 16, self._forget_graphs)
+        wide = {"width": self.config.dim}
+        self._folded = Pool(self.config, self.dtype, self._device, 16, self._forget_graphs, **wide) if fold else None
         self._boards: list[Board] = []
         self._graphs: dict[tuple, Launch] = {}
         self._memory: Step | None = None
@@ -90,11 +100,19 @@ class CudaDecoder:
             return
         with self._lock:
             self._table.forget()
-            state.texts = PooledTexts(self._texts, [len(r) for r in rows])
-            for slot, text in zip(state.texts.slots, rows, strict=True):  # one by one: BLAS rounds by the batch
-                for index, layer in enumerate(self.model.layers):
-                    both = layer.cross_kv(text[None].to(self.dtype)).unflatten(-1, (2, self.config.num_heads, -1))  # type: ignore[operator,union-attr]
-                    self._texts.write(index, [slot], *both.permute(2, 0, 3, 1, 4))
+            folded = self._folded if max(len(r) for r in rows) <= self.config.head_dim else None
+            state.texts = PooledTexts(self._texts, [len(r) for r in rows], folded)
+            for row, text in enumerate(rows):  # one by one: BLAS rounds by the batch
+                self._project(state.texts, row, text)
+
+    def _project(self, texts: PooledTexts, row: int, text: Tensor) -> None:
+        layers: list[Layer] = list(self.model.layers)  # type: ignore[arg-type]
+        for index, layer in enumerate(layers):
+            both = layer.cross_kv(text[None].to(self.dtype)).unflatten(-1, (2, self.config.num_heads, -1))
+            keys, values = both.permute(2, 0, 3, 1, 4)
+            self._texts.write(index, [texts.slots[row]], keys, values)
+            if texts.folded is not None:
+                texts.folded.pool.write(index, [texts.folded.slots[row]], *layer.folded_text(keys, values))
 
     def prepare(self, rows: int, capacity: int, mix: int = 2) -> None:
         """Take memory for `rows` rows of so many positions, and capture all buckets up to them, the large ones first.
@@ -108,7 +126,7 @@ class CudaDecoder:
             self._sized(heuristics.bucket(rows))
             board = self._boards[-1] if self._boards else self.board_for(1, capacity + 1)
             for bucket in reversed(heuristics.buckets(rows)):
-                self._graph(board, bucket, self.config.conditioning == "cross", mix, (True, False, False))
+                self._graph(board, bucket, "plain" if self.config.conditioning == "cross" else "none", mix, TOP_K)
 
     # -- the two functions --------------------------------------------------------------------------------------------
 
@@ -140,7 +158,7 @@ class CudaDecoder:
     # -- inside -------------------------------------------------------------------------------------------------------
 
     def _step_lanes(self, states: Sequence[State]) -> None:
-        filters = _joint_filters(states)
+        filters = joint_filters(states)
         logits = self._forward(states, filters)
         for state in states:
             if filters is None:
@@ -154,13 +172,13 @@ class CudaDecoder:
         rows = sum(len(state.lengths) for state in states)
         bucket = heuristics.bucket(rows)
         mix = max(2, *(state.conditions.mix for state in states))
-        with_text = any(state.texts is not None for state in states)
+        text = self._text(states)
         longest = max(max(state.lengths) for state in states)
         assert longest < self._cache.capacity, f"{longest + 1} positions do not fit a cache of {self._cache.capacity}"
         if states[0].board is None or any(state.board is not states[0].board for state in states):
             return torch.cat([self._forward_alone(state) for state in states])
-        launch = self._graph(states[0].board, bucket, with_text, mix, filters)
-        self._table.show(states, mix)
+        launch = self._graph(states[0].board, bucket, text, mix, filters)
+        self._table.show(states, mix, text == "folded")
         launch()
         return self._counted(states, rows)
 
@@ -172,7 +190,7 @@ class CudaDecoder:
         assert place is not None
         step = self._sized(bucket)
         self._table.show([state], 1)
-        self._launches(step, bucket, place, state.texts is not None, 1, None, None)()
+        self._launches(step, bucket, place, "none" if state.texts is None else "plain", 1, None, None)()
         self._table.forget()
         return self._counted([state], rows).clone()
 
@@ -183,25 +201,33 @@ class CudaDecoder:
         assert self._memory is not None
         return self._memory.logits(rows)
 
-    def _graph(self, board: Board, bucket: int, with_text: bool, mix: int, filters: Filters | None) -> Launch:
+    def _text(self, states: Sequence[State]) -> Text:
+        """Folded where all of it is, and while that reads less than the projections, which rows share."""
+        texts = [state.texts for state in states if state.texts is not None]
+        if not texts:
+            return "none"
+        positions = sum(sum(t.lengths) for t in texts)
+        return "folded" if all(t.folded for t in texts) and positions < self.config.head_dim else "plain"
+
+    def _graph(self, board: Board, bucket: int, text: Text, mix: int, filters: Filters | None) -> Launch:
         """The captured step of a bucket, which is captured now if it was not yet."""
         step = self._sized(bucket)
-        key = (id(board), bucket, with_text, mix, filters)
+        key = (id(board), bucket, text, mix, filters)
         if key not in self._graphs:
-            body = self._launches(step, bucket, board.place, with_text, mix, filters, board)
+            body = self._launches(step, bucket, board.place, text, mix, filters, board)
             self._table.silence()
             body()  # compiles kernels and sets up libraries, which a capture must not; no row takes part
             self._graphs[key] = self._capture(body)
         return self._graphs[key]
 
     def _launches(
-        self, step: Step, bucket: int, place: Place, with_text: bool, mix: int, filters: Filters | None,
+        self, step: Step, bucket: int, place: Place, text: Text, mix: int, filters: Filters | None,
         board: Board | None,
     ) -> Launch:  # fmt: skip
         table = self._table.bucket(bucket, mix)
 
         def launch() -> None:
-            step.forward(table, place.sequence, with_text)
+            step.forward(table, place.sequence, text)
             if filters is not None and board is not None:
                 step.draw(table, board, filters)
             step.advance(table, place, filters is not None)
@@ -214,8 +240,8 @@ class CudaDecoder:
             self._table = RowTable(heuristics.bucket(max(rows, 2 * self._table.size)), self._device)
             self._forget_graphs()
         if self._memory is None:
-            c, t = self._cache, self._texts
-            self._memory = Step(self.model, self.dtype, self._ops, c, t, self._table.size, self._pdl)
+            pools = self._cache, self._texts, self._folded
+            self._memory = Step(self.model, self._ops, *pools, self._table.size, self._pdl)
         return self._memory
 
     def _forget_graphs(self) -> None:
@@ -255,23 +281,3 @@ class CudaDecoder:
             texts = [layer[:, index, :, :longest] for layer in self._texts.tensor]
             mask = (torch.arange(longest, device=self._device) < lengths[:, None])[:, None, None, :]
         prefill_rows(self.model, rows, self._positions, append, texts, mask)
-
-
-def _joint_filters(states: Sequence[State]) -> Filters | None:
-    """Which filters the one launch needs that draws for all lanes; None where they must draw one by one.
-
-    In noise mode the order of the draws matters, a crossfade draws from two lanes, and a sampler may be the user's own.
-    Top k alone, or all filters: two graphs a bucket are enough, since a filter that is off costs a row a comparison.
-    """
-    for state in states:
-        sampler = state.sampler
-        counted = sampler.seeds is not None or sampler.params.all_greedy
-        if not counted or state.board is None or state.blend is not None or type(sampler) is not Sampler:
-            return None
-        if state.board is not states[0].board or sampler.backend not in ("auto", "triton"):
-            return None
-    if os.environ.get("MUSICGEN_FAST_SAMPLER", "auto") not in ("", "auto", "triton"):
-        return None
-    used = [state.sampler.params for state in states]
-    rare = any(p.any_top_p or p.any_min_p for p in used)
-    return True, rare, rare

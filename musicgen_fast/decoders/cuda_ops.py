@@ -17,6 +17,7 @@ from ..sampling import Draw, SamplingParams
 from ..sampling.reference import draw
 
 _SHARED = ("embed", "norm_linear", "linear_parts", "attention", "cross_attention", "advance")
+_SHARED += ("absorbed_scores", "absorbed_output")
 
 
 def torch_ops(device: torch.device) -> Any:

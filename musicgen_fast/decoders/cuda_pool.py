@@ -25,10 +25,17 @@ class Pool:
     """
 
     def __init__(
-        self, config: ModelConfig, dtype: torch.dtype, device: torch.device, step: int, moved: Callable[[], None]
+        self,
+        config: ModelConfig,
+        dtype: torch.dtype,
+        device: torch.device,
+        step: int,
+        moved: Callable[[], None],
+        width: int | None = None,
     ):
-        """`step`: capacities are its multiples."""
+        """`step`: capacities are its multiples. `width`: of the last dimension, None is d/H."""
         self._config, self._dtype, self._device, self._step = config, dtype, device, step
+        self._width = config.head_dim if width is None else width
         self.moved = moved
         self._taken = [0, 0]  # positions that the taker of each slot asked for; 0: nobody has it
         self.tensor, self.scales = self._memory(2, step)
@@ -118,7 +125,7 @@ class Pool:
     def _memory(self, slots: int, capacity: int) -> tuple[Tensor, Tensor | None]:
         c = self._config
         shape = (c.num_layers, 2, slots, c.num_heads, capacity)
-        tensor = torch.zeros(*shape, c.head_dim, dtype=self._dtype, device=self._device)
+        tensor = torch.zeros(*shape, self._width, dtype=self._dtype, device=self._device)
         return tensor, torch.zeros(shape, device=self._device) if self._dtype == torch.int8 else None
 
 
@@ -142,8 +149,12 @@ class PooledCache:
 
 
 class PooledTexts(PooledCache):
-    """Keys and values of the texts of a lane's first rows; `lengths` of each. The others attend to nothing."""
+    """Keys and values of the texts of a lane's first rows; `lengths` of each. The others attend to nothing.
 
-    def __init__(self, pool: Pool, lengths: list[int]):
+    `folded`: the same with the projections around them folded in (`Layer.folded_text`), where that is kept.
+    """
+
+    def __init__(self, pool: Pool, lengths: list[int], folded: Pool | None = None):
         super().__init__(pool, len(lengths), max(lengths))
         self.lengths = lengths
+        self.folded = None if folded is None else PooledCache(folded, len(lengths), max(lengths))

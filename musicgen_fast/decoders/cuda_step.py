@@ -9,7 +9,7 @@ kernels/reference.py, whose functions these are, or those of their twins in Trit
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -18,20 +18,22 @@ from ..board import Board
 from ..kernels import heuristics
 from ..model import Layer, Transformer, position_table
 from .cuda_pool import Pool
-from .cuda_rows import Rows
+from .cuda_rows import Filters, Rows
 
-Filters = tuple[bool, bool, bool]  # whether any request filters by top k, top p, min p
+Text = Literal["none", "plain", "folded"]  # what the rows attend to beside themselves
 
 
 class Step:
     """The launches for up to `rows` rows. Its memory is sized at construction, and is nobody's between two steps."""
 
     def __init__(
-        self, model: Transformer, dtype: torch.dtype, ops: Any, cache: Pool, texts: Pool, rows: int, pdl: bool
+        self, model: Transformer, ops: Any, cache: Pool, texts: Pool, folded: Pool | None, rows: int, pdl: bool
     ):
-        """`ops`: the functions of kernels/reference.py and `sample_rows`. `dtype`: of activations and logits."""
+        """`ops`: the functions of kernels/reference.py and `sample_rows`."""
+        dtype = model.dtype
         c = self._config = model.config
-        self._model, self._ops, self._cache, self._texts, self._pdl = model, ops, cache, texts, pdl
+        self._model, self._ops, self._pdl = model, ops, pdl
+        self._cache, self._texts, self._folded = cache, texts, folded
         self._layers: list[Layer] = list(model.layers)  # type: ignore[arg-type]
         device = model.device
         self._parts = {n: heuristics.parts(c.dim, n) for n in (c.dim, c.ffn_dim)}
@@ -47,13 +49,15 @@ class Step:
         self._scratch = torch.zeros(rows, c.num_heads, splits, c.head_dim + 2, device=device)
         self._arrived = torch.zeros(rows, c.num_heads, dtype=torch.int32, device=device)
         self._positions = position_table(cache.capacity, c.dim, device).contiguous()
+        positions = 0 if folded is None else folded.capacity
+        self._weights = torch.zeros(rows, c.num_heads, positions, device=device)
         self._never = torch.full((rows,), -1, dtype=torch.int32, device=device)
 
     def logits(self, rows: int) -> Tensor:
         """[R, K, V] of the last `forward`."""
         return self._logits[:rows].unflatten(1, (self._config.num_codebooks, -1))
 
-    def forward(self, table: Rows, sequence: Tensor, with_text: bool) -> None:
+    def forward(self, table: Rows, sequence: Tensor, text: Text) -> None:
         """From the column that each row reads to its logits; keys and values are appended."""
         ops, pdl, model = self._ops, self._pdl, self._model
         rows = len(table.request)
@@ -70,7 +74,10 @@ class Step:
                 self._scratch[:rows], self._arrived[:rows], pdl=pdl,
             )  # fmt: skip
             parts = self._product(attended, layer.attn_out)
-            if with_text:
+            if text == "folded":
+                parts = self._folded_text(table, index, x, parts, other)
+                x, other = other, x
+            elif text == "plain":
                 x, other = self._normed(x, parts, other, layer.norm_cross, layer.cross_q, self._q[:rows])
                 texts = self._texts.tensor[index]
                 ops.cross_attention(self._q[:rows], texts, table.text_slot, table.text_length, attended, pdl=pdl)
@@ -78,6 +85,28 @@ class Step:
             x, other = self._normed(x, parts, other, layer.norm2, layer.ffn_in, self._hidden[:rows], gelu=True)
             parts = self._product(self._hidden[:rows], layer.ffn_out)
         self._normed(x, parts, other, model.norm, model.heads, self._logits[:rows])
+
+    def _folded_text(self, table: Rows, index: int, x: Tensor, parts: Tensor, other: Tensor) -> Tensor:
+        """Cross-attention without its projections, the closed residual in `other`; parts [1, R, d]."""
+        assert self._folded is not None
+        norm = self._layers[index].norm_cross
+        to_scores, to_output = self._folded.tensor[index]
+        weights = self._weights[: len(x)]
+        self._ops.absorbed_scores(
+            x,
+            parts,
+            other,
+            norm.weight,
+            norm.bias,
+            to_scores,
+            table.text_slot,
+            table.text_length,
+            weights,
+            pdl=self._pdl,
+        )
+        out = self._sums[-x.numel() :].view(1, *x.shape)
+        self._ops.absorbed_output(weights, to_output, table.text_slot, table.text_length, out, pdl=self._pdl)
+        return out
 
     def draw(self, table: Rows, board: Board, filters: Filters) -> None:
         """Tokens of the requests that draw, from counters; see `Sampler`."""

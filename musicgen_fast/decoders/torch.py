@@ -65,7 +65,9 @@ class TorchDecoder:
         # Per row 2 H N d numbers a step, instead of 2 d^2 for all rows: less to read while Rc * N < d / H (64 in the
         # released models). One request of 16 tokens, small, fp32: 151 MB of 1443 MB a step less.
         if len(rows) * padded.shape[1] < self.config.head_dim:
-            texts.absorbed = [_absorb(layer, *kv) for layer, kv in zip(self._layers(), texts.kv, strict=True)]
+            for layer, kv in zip(self._layers(), texts.kv, strict=True):
+                to_scores, to_output = layer.folded_text(*kv)
+                texts.absorbed.append((to_scores.flatten(1, 2).contiguous(), to_output.flatten(1, 2).contiguous()))
 
     # -- the two functions --------------------------------------------------------------------------------------------
 
@@ -185,20 +187,6 @@ class TorchDecoder:
             scores = scores.masked_fill(~texts.mask[:, 0], -torch.inf)
         weights = scores.softmax(-1).view(rows, 1, -1)
         return torch.bmm(weights, to_output)[:, 0]
-
-
-def _absorb(layer: Layer, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-    """Fold the query projection into the keys and the values into the output projection: two [Rc, H*N, d].
-
-    scores = (h Wq) K^T = h (Wq K^T), and (p V) Wo = p (V Wo): the same algebra, with matrices of H*N rows where the
-    projections have d. keys and values are [Rc, H, N, d/H].
-    """
-    heads, head_dim = keys.shape[1], keys.shape[3]
-    query = layer.cross_q.weight.unflatten(0, (heads, head_dim))  # [H, dh, d]
-    output = layer.cross_out.weight.unflatten(1, (heads, head_dim))  # [d, H, dh]
-    to_scores = torch.einsum("rhne,hed->rhnd", keys, query) * head_dim**-0.5
-    to_output = torch.einsum("rhne,dhe->rhnd", values, output)
-    return to_scores.flatten(1, 2).contiguous(), to_output.flatten(1, 2).contiguous()
 
 
 def _text_groups(lanes: list[_Lane]) -> list[list[_Lane]]:
