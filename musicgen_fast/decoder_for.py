@@ -3,7 +3,8 @@
 MUSICGEN_FAST_CUDA picks on a GPU: v3 (Triton kernels; the default in half precision and int8), v1 (torch's products;
 the default in float32), torch (no graph at all). What was not picked by name is tried first: a few columns must give
 the logits of the reference, or the next one serves and a warning says why. MUSICGEN_FAST_KV=int8 halves the memory of
-keys and values; MUSICGEN_FAST_FOLD=1 folds short texts while few run; MUSICGEN_FAST_PDL=0 lets no kernel overlap another.
+keys and values; MUSICGEN_FAST_FOLD=1 folds short texts while few run; MUSICGEN_FAST_PDL=0 has no kernel overlap the
+one before.
 """
 
 from __future__ import annotations

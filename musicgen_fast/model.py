@@ -79,9 +79,9 @@ class Layer(nn.Module):
         to_scores = torch.einsum("rhne,hed->rhnd", keys, query) * head_dim**-0.5
         return to_scores, torch.einsum("rhne,dhe->rhnd", values, output)
 
-    def forward(self, x: Tensor, causal: Tensor, cross: Tensor | None) -> Tensor:
-        """x [R, S, d]; causal [S, S] bool, True where attended; cross [R, N, d], all of it attended."""
-        dtype = self.qkv.weight.dtype
+    def forward(self, x: Tensor, causal: Tensor, cross: Tensor | None, dtype: torch.dtype) -> Tensor:
+        """x [R, S, d]; causal [S, S] bool, True where attended; cross [R, N, d], all of it attended; dtype of the
+        products, which is the weights' own."""
         q, k, v = (self.heads(part) for part in self.qkv(self.norm1(x).to(dtype)).chunk(3, dim=-1))
         attended = F.scaled_dot_product_attention(q, k, v, attn_mask=causal)
         x = x + self.attn_out(rearrange(attended, "r h s e -> r s (h e)")).to(x.dtype)
@@ -149,5 +149,5 @@ class Transformer(nn.Module):
         x = x + position_table(length, self.config.dim, x.device)
         causal = torch.ones(length, length, dtype=torch.bool, device=x.device).tril()
         for layer in self.layers:
-            x = layer(x, causal, cross)
+            x = layer(x, causal, cross, self.dtype)
         return self.logits(x[:, -tokens.shape[2] :])

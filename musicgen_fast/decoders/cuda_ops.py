@@ -16,13 +16,13 @@ from ..kernels import reference
 from ..sampling import Draw, SamplingParams
 from ..sampling.reference import draw
 
-_SHARED = ("embed", "norm_linear", "linear_parts", "attention", "cross_attention", "advance")
-_SHARED += ("absorbed_scores", "absorbed_output")
+_NORMS_AND_PRODUCTS = ("embed", "norm_linear", "linear_parts", "advance")
+_ATTENTION = ("attention", "cross_attention", "absorbed_scores", "absorbed_output")
 
 
 def torch_ops(device: torch.device) -> Any:
     """Version 1; on a GPU tokens are drawn by Triton."""
-    functions = {name: getattr(reference, name) for name in _SHARED}
+    functions = {name: getattr(reference, name) for name in _NORMS_AND_PRODUCTS + _ATTENTION}
     if device.type != "cuda":
         return SimpleNamespace(sample_rows=sample_rows, **functions)
     from ..kernels.sample import sample_rows as in_triton
