@@ -3,7 +3,7 @@
 Mixes the CFG branches, scales, filters and draws by an exponential race, bit for bit like the torch reference: no
 floating-point sum and no division decides anything. Everything that varies between requests or steps is read from
 device memory, so that one captured CUDA graph serves any mix of them; a filter or tensor that is None is compiled out.
-Shapes: logits [NB, B, K, V], V up to 4096. Knows nothing of generation.
+Shapes: logits [NB, B, K, V], or rows [R, K, V] that requests name; V up to 4096. Knows nothing of generation.
 """
 
 from __future__ import annotations
@@ -20,24 +20,11 @@ INTERPOLATED_PASSES = tl.constexpr(12)  # top-k takes 4 to 8, top-p 4 to 12; the
 
 
 def sample_column(
-    logits: Tensor,
-    tokens: Tensor,
-    status: Tensor,
-    *,
-    scale: Tensor,
-    cfg_coef: Tensor,
-    cfg_coef_beta: Tensor,
-    top_k: Tensor | None,
-    top_p: Tensor | None,
-    min_p: Tensor | None,
-    seed: Tensor | None,
-    step: Tensor | None,
-    stream: Tensor | None,
-    noise: Tensor | None,
-    column: Tensor | None,
-    frames: Tensor | None,
-    pdl: bool = False,
-) -> None:
+    logits: Tensor, tokens: Tensor, status: Tensor, *,
+    scale: Tensor, cfg_coef: Tensor, cfg_coef_beta: Tensor, top_k: Tensor | None, top_p: Tensor | None,
+    min_p: Tensor | None, seed: Tensor | None, step: Tensor | None, stream: Tensor | None, noise: Tensor | None,
+    column: Tensor | None, frames: Tensor | None, pdl: bool = False,
+) -> None:  # fmt: skip
     """Draws one column of every request on the current stream of the logits' device; waits for nothing.
 
     Args:
@@ -58,7 +45,7 @@ def sample_column(
     with torch.cuda.device_of(logits):  # Triton launches on the current device, whatever the pointers say
         sample_kernel[(batch, num_codebooks)](
             logits, tokens, status, scale, cfg_coef, cfg_coef_beta, top_k, top_p, min_p,
-            seed, step, stream, noise, column, frames,
+            seed, step, stream, noise, column, frames, None, None,
             *logits.stride()[:3],
             tokens.shape[2] if column is not None else 1,
             V=vocab, NB=branches, BLOCK=block, GREEDY=seed is None and noise is None, PDL=pdl,
@@ -68,10 +55,43 @@ def sample_column(
         )  # fmt: skip
 
 
+def sample_rows(
+    logits: Tensor, branches: Tensor, request: Tensor, tokens: Tensor, status: Tensor, *,
+    scale: Tensor, cfg_coef: Tensor, cfg_coef_beta: Tensor, top_k: Tensor | None, top_p: Tensor | None,
+    min_p: Tensor | None, seed: Tensor | None, step: Tensor | None, stream: Tensor | None = None,
+    noise: Tensor | None = None, column: Tensor, frames: Tensor, pdl: bool = False,
+) -> None:  # fmt: skip
+    """`sample_column` for some requests of a board of N: their branches are rows of a batch, the rest lies by request.
+
+    Args:
+        logits: [R, K, V], any strides but the last, which is 1. branches: int32 [Q, NB], the rows of q's branches in
+            the order of `sample_column`. A request without CFG names one row NB times: x + (x - x) * coef is x, bit
+            for bit but for the sign of a zero, where x and the coefficients are finite, and an x of -inf stays barred.
+        request: int32 [Q], where q stands on the board; negative: q draws nothing. No two stand in one place.
+        tokens: int32 or int64 [N, K, S]. status: int32 [N, K]. The parameters: [N] and [N, K], noise [N, K, V].
+        stream: None stands for 0 everywhere.
+    """
+    requests, num_branches = branches.shape
+    _, num_codebooks, vocab = logits.shape
+    block = max(128, triton.next_power_of_2(vocab))
+    options = {"launch_pdl": True} if pdl else {}
+    with torch.cuda.device_of(logits):
+        sample_kernel[(requests, num_codebooks)](
+            logits, tokens, status, scale, cfg_coef, cfg_coef_beta, top_k, top_p, min_p,
+            seed, step, stream, noise, column, frames, request, branches,
+            logits.stride(0), 0, logits.stride(1),
+            tokens.shape[2],
+            V=vocab, NB=num_branches, BLOCK=block, GREEDY=seed is None and noise is None, PDL=pdl,
+            num_warps=8 if block == 4096 else 4,
+            enable_fp_fusion=False,
+            **options,
+        )  # fmt: skip
+
+
 @triton.jit(do_not_specialize=["num_columns"])
 def sample_kernel(
     logits, tokens, status, scale, cfg_coef, cfg_coef_beta, top_k, top_p, min_p,
-    seed, step, stream, noise, column, frames,
+    seed, step, stream, noise, column, frames, request, branches,
     stride_nb, stride_b, stride_k, num_columns,
     V: tl.constexpr,  # a constant, so that the mask of a load does not keep it from being a vector
     NB: tl.constexpr,
@@ -80,9 +100,15 @@ def sample_kernel(
     PDL: tl.constexpr,
 ):  # fmt: skip
     b, k = tl.program_id(0), tl.program_id(1)
-    cell = b * tl.num_programs(1) + k
     if PDL:
         tl.extra.cuda.gdc_wait()
+    if branches is not None:
+        branches += b * NB
+    if request is not None:
+        b = tl.load(request + b)
+        if b < 0:
+            return
+    cell = b * tl.num_programs(1) + k
     out = tokens + cell
     if column is not None:
         at = tl.load(column + b)
@@ -97,7 +123,7 @@ def sample_kernel(
 
     ids = tl.arange(0, BLOCK)
     row = logits + b.to(tl.int64) * stride_b + k * stride_k
-    x = _mixed(row, stride_nb, cfg_coef + b, cfg_coef_beta + b, ids, V, NB)
+    x = _mixed(row, stride_nb, cfg_coef + b, cfg_coef_beta + b, ids, V, NB, branches)
     rate = tl.load(scale + cell)
     if GREEDY:
         token = _largest(x, ids)
@@ -112,7 +138,8 @@ def sample_kernel(
             if noise is not None:
                 e = tl.load(noise + cell.to(tl.int64) * V + ids, mask=ids < V, other=0.0)
             else:
-                e = exponential(random_words(tl.load(seed + b), tl.load(step + b), k, tl.load(stream + b), BLOCK))
+                lane = tl.full([], 0, tl.int64) if stream is None else tl.load(stream + b)
+                e = exponential(random_words(tl.load(seed + b), tl.load(step + b), k, lane, BLOCK))
             # Scores are not negative, so their bits order them; the low word orders ties by token, and is -1 if none.
             score = (e * iw).to(tl.int32, bitcast=True).to(tl.int64)
             token = tl.min(tl.where(keep, (score << 32) | ids, 0x7FFFFFFFFFFFFFFF), 0).to(tl.int32)
@@ -124,19 +151,28 @@ def sample_kernel(
 
 
 @triton.jit
-def _mixed(row, stride_nb, cfg_coef, cfg_coef_beta, ids, V: tl.constexpr, NB: tl.constexpr):
+def _mixed(row, stride_nb, cfg_coef, cfg_coef_beta, ids, V: tl.constexpr, NB: tl.constexpr, branches=None):
     """The branches of one cell mixed, in fp32; every operation rounds to the logits' dtype."""
     dtype: tl.constexpr = row.dtype.element_ty
-    mask = ids < V
-    x = tl.load(row + ids, mask=mask, other=-float("inf")).to(tl.float32)
+    x = _branch(row, stride_nb, 0, branches, ids, V)
     if NB >= 2:
-        u = tl.load(row + (NB - 1) * stride_nb + ids, mask=mask, other=-float("inf")).to(tl.float32)
+        u = _branch(row, stride_nb, NB - 1, branches, ids, V)
         cfg = tl.load(cfg_coef)
         if NB == 3:
-            w = tl.load(row + stride_nb + ids, mask=mask, other=-float("inf")).to(tl.float32)
+            w = _branch(row, stride_nb, 1, branches, ids, V)
             x = round_to(w + round_to(mul(round_to(x - w, dtype), tl.load(cfg_coef_beta)), dtype), dtype)
         x = round_to(round_to(mul(round_to(x - u, dtype), cfg), dtype) + u, dtype)
     return x
+
+
+@triton.jit
+def _branch(row, stride_nb, index: tl.constexpr, branches, ids, V: tl.constexpr):
+    """The logits of one branch in fp32: that `index`, or that which `branches` names there."""
+    if branches is not None:
+        row += tl.load(branches + index).to(tl.int64) * stride_nb
+    else:
+        row += index * stride_nb
+    return tl.load(row + ids, mask=ids < V, other=-float("inf")).to(tl.float32)
 
 
 @triton.jit

@@ -11,13 +11,13 @@ import threading
 
 import pytest
 import torch
-from musicgen_fast.kernels import heuristics, reference
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from musicgen_fast.decoders.cuda import CudaDecoder
 from musicgen_fast.decoders.cuda_graphs import launch_at_once
 from musicgen_fast.decoders.cuda_ops import torch_ops
 from musicgen_fast.decoders.torch import TorchDecoder
+from musicgen_fast.kernels import heuristics, reference
 from musicgen_fast.model import Transformer
 from musicgen_fast.quantised import quantise
 from musicgen_fast.slot_engine import RequestError, SlotEngine

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
+
 from musicgen_fast.kernels.race import exp2_pair, exponential, round_to
 from musicgen_fast.kernels.sample import _mixed
 
