@@ -13,6 +13,9 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from musicgen_fast.checkpoints.random_weights import random_checkpoint
+from musicgen_fast.config import ModelConfig, TextConfig
+from musicgen_fast.decoder_for import logits_error
 from musicgen_fast.decoders.cuda import CudaDecoder
 from musicgen_fast.decoders.cuda_graphs import launch_at_once
 from musicgen_fast.decoders.cuda_ops import torch_ops
@@ -124,6 +127,25 @@ def test_small_for_60_steps(small):  # noqa: F811
             torch.manual_seed(3)
             tokens.append(plain(decoder, 60, conditions, sampler_for(1, way), window=60, stride=30))
         assert torch.equal(*tokens)
+
+
+def halved(checkpoint) -> Transformer:
+    """The matrices in float16, norms and conditioners as they are: what a GPU is given."""
+    own = ("text_proj", "melody_proj")
+    weights = {n: w.half() if w.dim() == 2 and not n.startswith(own) else w for n, w in checkpoint.lm.items()}
+    return Transformer.from_weights(checkpoint.config, weights)
+
+
+@pytest.mark.parametrize(("quantised", "limit"), [(False, 2e-3), (True, 0.025)])
+def test_float16_over_200_steps(quantised, limit):
+    """Teacher-forced, against float32 of the weights before they were rounded. As deep as musicgen-small."""
+    checkpoint = random_checkpoint(
+        ModelConfig(dim=128, num_layers=24, num_heads=4, ffn_dim=256, text=TextConfig(dim=24))
+    )
+    exact, model = Transformer.from_weights(checkpoint.config, checkpoint.lm), halved(checkpoint)
+    if quantised:
+        quantise(model)
+    assert 1e-5 < logits_error(decoder_of(model), exact, frames=197) < limit
 
 
 def logits_of(decoder, conditions, steps: int = 20):
