@@ -38,7 +38,7 @@ class Step:
         device = model.device
         self._parts = {n: heuristics.parts(c.dim, n) for n in (c.dim, c.ffn_dim)}
         self._residual = [torch.zeros(rows, c.dim, device=device) for _ in range(2)]
-        self._stats = torch.zeros(rows, 2, device=device)
+        self._normed_rows = torch.zeros(rows, c.dim, dtype=dtype, device=device)  # scratch of `norm_linear`
         self._sums = torch.zeros(max(self._parts.values()) * rows * c.dim, device=device)
         self._qkv = torch.zeros(rows, 3 * c.dim, dtype=dtype, device=device)
         self._q = torch.zeros(rows, c.dim, dtype=dtype, device=device)
@@ -130,7 +130,7 @@ class Step:
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
         """The product of the closed and normed residual; it, and the buffer that is free now."""
         self._ops.norm_linear(
-            x, parts, None if parts is None else other, self._stats[: len(x)], norm.weight, norm.bias,
+            x, parts, None if parts is None else other, self._normed_rows[: len(x)], norm.weight, norm.bias,
             linear.weight, getattr(linear, "scales", None), out, gelu=gelu, pdl=self._pdl,
         )  # fmt: skip
         return (x, other) if parts is None else (other, x)
