@@ -18,10 +18,11 @@ of an H100 (`compile_report.py`), for one request with CFG:
 All matrices of d = 1024 but the heads are in flight as a whole; 17 KB per SM keep the memory of an H100 busy.
 
 **What is loaded when.** Up to 16 rows, the weights go to registers by 16-byte loads issued before `gdc_wait`: they
-travel while the kernel before this one still runs (nothing writes weights during a step). Then, up to 4 rows, every
-CTA closes the residual and takes the statistics itself, in registers: 40 KB from L2 are cheaper than a kernel and its
-gap. Beyond, `close_kernel` does that with one program per row. Beyond 16 rows weights and activations come through a
-loop of cp.async with two stages, and a CTA owns 32 rows of the weight where that saves reading the activations.
+travel while the kernel before this one still runs (nothing writes weights during a step). Then, for 2 rows
+(`heuristics.fused_norm`), every CTA closes the residual and takes the statistics itself, in registers: 40 KB from L2
+are cheaper than a kernel and its gap. Beyond, `close_kernel` does that with one program per row. Beyond 16 rows
+weights and activations come through a loop of cp.async with two stages, and a CTA owns 32 rows of the weight where
+that saves reading the activations.
 
 **Why a row's bits do not depend on the batch.** Over K a warp adds k16 steps in ascending order to one accumulator per
 output, whatever the tiles are and whether it loops; the warps' sums are folded in a fixed order; the statistics are
@@ -52,12 +53,12 @@ def norm_linear(
 ) -> None:  # fmt: skip
     """out = act(LN(x + sum of parts) W^T), the new residual to x_out: see `reference.norm_linear`.
 
-    Everything is contiguous. Two kernels above 4 rows, or 2 with 4 parts (`heuristics.fused_norm`).
+    Everything is contiguous. One kernel or, beyond `heuristics.fused_norm` (2 rows; 4 in small models), two.
 
     Args:
-        stats: scratch. fp32 [R, 2]; or half [R, d], into which the normed rows go: twice as fast for many rows, since
-            they are normed once instead of by every CTA and cp.async can carry them. int8: its dtype is then what
-            the normed row is rounded to, otherwise that of `out`.
+        stats: scratch. fp32 [R, 2]; or half [R, d], into which the normed rows go. Better for many rows, which are
+            then normed once instead of by every CTA, are half the bytes, and travel by cp.async. int8: its dtype is
+            what the normed row is rounded to, otherwise that of `out`.
         pdl: programmatic dependent launch (sm_90 and newer), as of the kernel before and the one after.
     """
     rows, width = x.shape
@@ -82,7 +83,7 @@ def norm_linear(
         inputs = (stats, None, None, None, None, None)
     else:
         inputs = (x, parts, None, stats, gamma, beta) if x_out is None else (x_out, None, None, stats, gamma, beta)
-    _launch(inputs, weight, scales, out, rows, 1, shape, pdl)
+    _launch(inputs, weight, scales, out, rows, 1, shape)
 
 
 def linear_parts(a: Tensor, weight: Tensor, scales: Tensor | None, parts: Tensor, *, pdl: bool = False) -> None:
@@ -94,22 +95,15 @@ def linear_parts(a: Tensor, weight: Tensor, scales: Tensor | None, parts: Tensor
     count = parts.shape[0]
     group = None if scales is None else k // scales.shape[1]
     assert k % count == 0 and (k // count) % (group or 1) == 0, (k, count, group)
-    shape = _constants(
-        weight.shape[0], k, rows, NAMES[weight.dtype], NAMES[a.dtype], group, count, False, 0, False, pdl
-    )
-    _launch((a, None, None, None, None, None), weight, scales, parts, rows, count, shape, pdl)
+    dtype, half = NAMES[weight.dtype], NAMES[a.dtype]
+    shape = _constants(weight.shape[0], k, rows, dtype, half, group, count, False, 0, False, pdl)
+    _launch((a, None, None, None, None, None), weight, scales, parts, rows, count, shape)
 
 
 def _launch(
-    inputs: tuple[Tensor | None, ...],
-    weight: Tensor,
-    scales: Tensor | None,
-    out: Tensor,
-    rows: int,
-    count: int,
-    shape: dict,
-    pdl: bool,
-) -> None:
+    inputs: tuple[Tensor | None, ...], weight: Tensor, scales: Tensor | None, out: Tensor, rows: int, count: int,
+    shape: dict[str, Any],
+) -> None:  # fmt: skip
     grid = (triton.cdiv(shape["M"], shape["BM"]), triton.cdiv(rows, shape["BN"]), count)
     with torch.cuda.device_of(weight):
         linear_kernel[grid](*inputs, weight, scales, out, rows, **shape, **_options(shape))

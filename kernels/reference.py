@@ -50,7 +50,8 @@ def norm_linear(
     Args:
         x: fp32 [R, d]. parts: fp32 [P, R, d], summed in order, then added; None: nothing is added.
         x_out: fp32 [R, d], not x: the new residual; None where nobody reads it.
-        stats: scratch, fp32 [R, 2] or half [R, d]: room of the twin. gamma, beta: fp32 or half [d]; the normed row is rounded to half.
+        stats: scratch, fp32 [R, 2] or half [R, d]: room of the twin.
+        gamma, beta: fp32 or half [d]; the normed row is rounded to half.
         weight: half [M, d], or int8 with scales fp32 [M, d / group].
         out: [R, M], the product in fp32, after the exact (erf) GELU if asked for, rounded to its dtype.
     """
