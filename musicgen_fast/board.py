@@ -10,8 +10,8 @@ from __future__ import annotations
 import torch
 
 from .config import ModelConfig
+from .place import Place
 from .sampling import SamplingParams
-from .state import Place
 
 
 class Board:

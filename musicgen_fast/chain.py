@@ -15,9 +15,10 @@ from torch import Tensor
 from .crossfade import Blend, Change, check_same_rows, checked_changes, incoming_lane
 from .lanes import Decoder, Guidance, Lane, cache_for, open_lane, tables
 from .pattern import UNKNOWN, Pattern, build_pattern, columns_per_frame
+from .place import Sampler
 from .shadow import Overlap, Shadow, overlap_of
 from .slots import Slots
-from .state import Conditions, Sampler, State
+from .state import Conditions, State
 from .windows import Window
 
 ConditionsOf = Callable[[Window], Conditions]

@@ -87,7 +87,7 @@ def incoming_lane(outgoing: State, change: Change, kv: Cache) -> State:
     kv.copy_from(outgoing.kv, max(outgoing.lengths))
     lane = State(
         outgoing.config, kv, list(outgoing.lengths), change.conditions, outgoing.sampler,
-        place=outgoing.place, rows=outgoing.rows, board=outgoing.board,
+        place=outgoing.place, slots=outgoing.slots, rows=outgoing.rows,
     )  # fmt: skip
     lane.pattern, lane.column = outgoing.pattern, outgoing.column
     return lane

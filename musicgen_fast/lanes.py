@@ -16,8 +16,9 @@ from torch import Tensor
 
 from .config import ModelConfig
 from .pattern import Pattern
+from .place import Sampler
 from .slots import Slots
-from .state import Cache, Conditions, Sampler, State
+from .state import Cache, Conditions, State
 from .windows import Window
 
 Guidance = Callable[[int], tuple[float, float]]  # frame -> (cfg_coef, temperature)
@@ -97,9 +98,7 @@ def open_lane(
     kv = cache_for(decoder, slots, conditions.num_rows, capacity)
     place = slots.place.rows(rows.start, rows.stop)
     own = slots.sampler(rows, sampler)
-    state = State(
-        decoder.config, kv, [0] * conditions.num_rows, conditions, own, place=place, rows=rows, board=slots.board
-    )
+    state = State(decoder.config, kv, [0] * conditions.num_rows, conditions, own, place=place, slots=slots, rows=rows)
     if texts_of is not None and texts_of.conditions is conditions:
         state.texts = texts_of.texts
     else:

@@ -11,7 +11,7 @@ Each slot has up to two lanes: the window that plays, and the next one while its
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -20,10 +20,12 @@ import torch
 from .board import Board
 from .config import ModelConfig
 from .pattern import build_pattern
+from .place import Place, Sampler
 from .sampling import SamplingParams
-from .state import Cache, Sampler, State
+from .state import Cache, State
 
 _PARAMETERS = ("cfg_coef", "cfg_coef_beta", "scale", "divisor", "top_k", "top_p", "min_p")
+_MOST_PARTS = 256
 
 
 class Slots:
@@ -58,6 +60,7 @@ class Slots:
         self.place, self.params, self.seeds = self.board.place, self.board.params, self.board.seeds
         self._free = [True] * count
         self._caches: list[Cache] = []
+        self._parts: dict[tuple, tuple[Sampler, Place]] = {}
 
     @classmethod
     def on(cls, decoder: Any, count: int, num_frames: int, device: torch.device | str, lanes: int = 1) -> Slots:
@@ -113,6 +116,22 @@ class Slots:
             any_sorted=any(p.any_sorted for p in used),
             all_greedy=all(p.all_greedy for p in used),
         )
+
+    def part(self, rows: range, states: Sequence[State]) -> tuple[Sampler, Place]:
+        """One sampler and one place for lanes with seeds that fill these rows; made once (60 us), not every step."""
+        used = [state.sampler.params for state in states]
+        key = (
+            rows.start, rows.stop, states[0].sampler.backend, any([p.any_top_k for p in used]),
+            any([p.any_top_p for p in used]), any([p.any_min_p for p in used]), any([p.any_sorted for p in used]),
+        )  # fmt: skip
+        if key not in self._parts:
+            if len(self._parts) >= _MOST_PARTS:
+                self._parts.clear()
+            own, whole = slice(rows.start, rows.stop), self.launch_params(states)
+            params = replace(whole, **{name: getattr(whole, name)[own] for name in _PARAMETERS})
+            sampler = Sampler(params, self.seeds[own], states[0].sampler.backend)
+            self._parts[key] = sampler, self.place.rows(rows.start, rows.stop)
+        return self._parts[key]
 
     def reuse_cache(self, rows: int, capacity: int) -> Cache | None:
         """A cache that was given back, large enough for these rows and positions."""

@@ -220,16 +220,14 @@ def test_no_step_at_a_change_is_long_and_nothing_is_computed_twice(decoder_for, 
     assert changes == len(range(18, 200 - 12, 18))
 
 
-def test_shadows_draw_nothing(conditions, monkeypatch):
-    """One draw a step, two in the three steps of a tail; the columns of seeded noise are those of a prefill.
-
-    On the torch decoder: others draw for several lanes at once.
-    """
-    decoder = build_decoder("torch")
+@pytest.mark.parametrize("name", DECODERS[:2])  # the CUDA decoder's draws are kernels of its step
+def test_shadows_draw_nothing(name, conditions, monkeypatch):
+    """One row a step, two in the three steps of a tail; the columns of seeded noise are those of a prefill."""
+    decoder = build_decoder(name)
     drawn, inner = [], Sampler.__call__
 
     def recorded(self, logits, place):
-        drawn.append((generation.steps_done, place.step.item()))
+        drawn.extend((generation.steps_done, step) for step in place.step.tolist())  # both lanes of a tail at once
         inner(self, logits, place)
 
     monkeypatch.setattr(Sampler, "__call__", recorded)

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from .. import native
+from ..joint import Draws
 from ..model import position_table
 from ..packing import PackedWeights
 from ..state import State
@@ -105,27 +106,20 @@ class CpuDecoder:
 
         A failed draw raises after every lane has advanced.
         """
-        logits = self._forward(states)
-        first = 0
-        for state in states:
-            rows = len(state.lengths)
-            state.draw(logits[first : first + rows])
-            first += rows
-        for state in states:
-            state.check()
+        draws = Draws(states)
+        draws.draw(self._forward(states, draws.wanted))
 
-    def _forward(self, states: Sequence[State]) -> Tensor:
-        """The step without its draw: logits [R, K, V] of the rows of all lanes."""
-        part = _Pass([])
+    def _forward(self, states: Sequence[State], wanted: list[int]) -> Tensor:
+        """The step without its draw: logits [wanted, K, V] of these rows of all lanes."""
+        part = _Pass([], wanted=wanted)
         for state in states:
             cache = len(part.caches)
             part.caches += [state.kv] if state.texts is None else [state.kv, state.texts.cache]
-            fed = state.fed_tokens(state.column - 1)[:, :, 0].repeat(len(state.conditions.branches), 1)
-            part.tokens.append(fed)
+            fed = state.sequence.numpy()[:, :, state.column - 1]
+            part.tokens += [fed] * len(state.conditions.branches)
             for row, length in enumerate(state.lengths):
                 part.segments.append((cache, row, length, 1, *_text_of(state.texts, row, cache + 1), 0))
             state.lengths = [n + 1 for n in state.lengths]
-        part.wanted = list(range(len(part.segments)))
         return self._run(part)
 
     # -- teacher forcing ----------------------------------------------------------------------------------------------
@@ -199,7 +193,7 @@ class CpuDecoder:
         self._native.run(
             part.caches,
             segments,
-            torch.cat(part.tokens).contiguous().numpy(),
+            np.ascontiguousarray(np.concatenate(part.tokens)),  # of columns it may make columns
             torch.cat(part.states).numpy() if part.states else np.empty((0, c.dim), dtype=np.float32),
             np.array(part.wanted, dtype=np.int32),
             logits,
@@ -218,7 +212,7 @@ class _Pass:
 
     caches: list[Any]
     segments: list[tuple[int, ...]] = field(default_factory=list)
-    tokens: list[Tensor] = field(default_factory=list)  # each [n, K]
+    tokens: list[np.ndarray] = field(default_factory=list)  # each [n, K]
     states: list[Tensor] = field(default_factory=list)  # each [n, d]
     wanted: list[int] = field(default_factory=list)  # rows whose logits are computed
     rows: int = 0
@@ -231,7 +225,7 @@ class _Pass:
         embedded = 0 if states is None else len(states)
         if states is not None:
             self.states.append(states.float())
-        self.tokens.append(tokens)
+        self.tokens.append(tokens.numpy())
         self.segments.append((cache, row, first, embedded + len(tokens), *text, embedded))
         at = self.rows + embedded
         self.rows += embedded + len(tokens)

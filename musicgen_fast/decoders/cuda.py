@@ -25,7 +25,7 @@ from ..prefill import known_rows, prefill_rows
 from ..state import Place, State
 from .cuda_graphs import Capture, Launch
 from .cuda_pool import Pool, PooledCache, PooledTexts
-from .cuda_rows import TOP_K, Filters, RowTable, joint_filters
+from .cuda_rows import TOP_K, Filters, RowTable, board_of, joint_filters
 from .cuda_step import Step, Text
 
 _FIRST_ROWS = 16  # of the step's own memory; it doubles when more come
@@ -175,9 +175,10 @@ class CudaDecoder:
         text = self._text(states)
         longest = max(max(state.lengths) for state in states)
         assert longest < self._cache.capacity, f"{longest + 1} positions do not fit a cache of {self._cache.capacity}"
-        if states[0].board is None or any(state.board is not states[0].board for state in states):
+        board = board_of(states[0])
+        if board is None or any(board_of(state) is not board for state in states):
             return torch.cat([self._forward_alone(state) for state in states])
-        launch = self._graph(states[0].board, bucket, text, mix, filters)
+        launch = self._graph(board, bucket, text, mix, filters)
         self._table.show(states, mix, text == "folded")
         launch()
         return self._counted(states, rows)
@@ -186,7 +187,8 @@ class CudaDecoder:
         """The same without a graph or a draw, for a state that is on no board, or not on that of the others."""
         rows = len(state.lengths)
         bucket = heuristics.bucket(rows)
-        place = state.place if state.board is None else state.board.place
+        board = board_of(state)
+        place = state.place if board is None else board.place
         assert place is not None
         step = self._sized(bucket)
         self._table.show([state], 1)

@@ -14,7 +14,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..state import Sampler, State
+from ..board import Board
+from ..place import Sampler
+from ..state import State
 from .cuda_pool import PooledCache, PooledTexts
 
 Filters = tuple[bool, bool, bool]  # whether any request filters by top k, top p, min p
@@ -113,6 +115,11 @@ def _branches_of(state: State, first: int, mix: int) -> list[int]:
     return rows[:1] * (mix - own) + rows
 
 
+def board_of(state: State) -> Board | None:
+    """None for a state with a place of its own."""
+    return None if state.slots is None else state.slots.board
+
+
 def joint_filters(states: Sequence[State]) -> Filters | None:
     """Which filters the one launch needs that draws for all lanes; None where they must draw one by one.
 
@@ -122,9 +129,13 @@ def joint_filters(states: Sequence[State]) -> Filters | None:
     for state in states:
         sampler = state.sampler
         counted = sampler.seeds is not None or sampler.params.all_greedy
-        if not counted or state.board is None or state.blend is not None or type(sampler) is not Sampler:
+        if not counted or state.blend is not None or type(sampler) is not Sampler:
             return None
-        if state.board is not states[0].board or sampler.backend not in ("auto", "triton"):
+        if (
+            board_of(state) is None
+            or board_of(state) is not board_of(states[0])
+            or sampler.backend not in ("auto", "triton")
+        ):
             return None
     if os.environ.get("MUSICGEN_FAST_SAMPLER", "auto") not in ("", "auto", "triton"):
         return None

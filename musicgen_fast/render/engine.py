@@ -55,8 +55,7 @@ class _Running:
     """A piece in a slot."""
 
     key: str
-    left: int  # frames
-    parts: list[Tensor]
+    prompt: Tensor
     since: float
 
 
@@ -84,7 +83,8 @@ class Engine:
         # The decoder has threads of its own, whose number shows nowhere.
         if pinned:
             torch.set_num_threads(1)
-        cooks = max(1, min(4, self._threads // 4)) if pinned else 1
+        # Two where there are two cores: of a small model the codec is half of the work, and at the end all of it.
+        cooks = min(self._threads, max(2, min(4, self._threads // 4))) if pinned else 1
         self._cooks = ThreadPoolExecutor(cooks, "codec", torch.set_num_threads, (1 if pinned else self._threads,))
         self._cooking: dict[Future[Tensor], tuple[_Running, Tensor]] = {}
         self._most_cooking = 2 * limit + cooks
@@ -127,9 +127,7 @@ class Engine:
         except Exception as error:
             self._put_back.append(Result(key, error=error, final=isinstance(error, (ImportError, OSError)) or None))
         else:
-            assert request.total is not None
-            parts = [request.prompt] if request.prompt.shape[1] else []
-            self._running[number] = _Running(key, request.total - request.prompt.shape[1], parts, began)
+            self._running[number] = _Running(key, request.prompt, began)
 
     @torch.no_grad()
     def step(self, waiting: bool = False) -> list[Result]:
@@ -148,7 +146,7 @@ class Engine:
 
     def _advance(self) -> list[Result]:
         try:
-            frames = self._slots.step()
+            ended = self._slots.step(whole=True)
         except RequestError as error:
             cause = error.__cause__
             gone = [self._running.pop(number) for number in error.requests]
@@ -157,13 +155,8 @@ class Engine:
             return [Result(piece.key, error=cause if isinstance(cause, ValueError) else error) for piece in gone]
         except Exception as error:  # whose fault it is nobody knows, and the slots are half a step apart
             return self._start_over(error)
-        for number, new in frames.items():
-            piece = self._running[number]
-            if new.shape[1]:
-                piece.parts.append(new)
-                piece.left -= new.shape[1]
-                if piece.left <= 0:
-                    self._cook(self._running.pop(number))
+        for number, frames in ended.items():
+            self._cook(self._running.pop(number), frames)
         return []
 
     def _crowded(self, keys: list[str], error: Exception) -> list[Result]:
@@ -213,20 +206,22 @@ class Engine:
 
     # -- codec --------------------------------------------------------------------------------------------------------
 
-    def _cook(self, piece: _Running) -> None:
+    def _cook(self, piece: _Running, frames: Tensor) -> None:
         while len(self._cooking) >= self._most_cooking:  # tokens are small, but pieces should become files
             wait(self._cooking, return_when=FIRST_COMPLETED)
             self._put_back += self._cooked(block=False)
-        tokens = torch.cat(piece.parts, dim=1)
-        piece.parts = []
+        tokens = torch.cat([piece.prompt, frames], dim=1)
         self._cooking[self._cooks.submit(self._decode, tokens)] = (piece, tokens)
 
     def _decode(self, tokens: Tensor) -> Tensor:
         """wav [C, n] on the CPU, in chunks of a fixed length."""
         codec = self.model.compression_model
+        chunk = int(_CHUNK_SECONDS * codec.frame_rate)
+        if tokens.shape[1] <= chunk:
+            return codec.decode(tokens[None])[0].float().cpu()  # a stream of one chunk takes a fifth longer
         stream = StreamingDecoder(codec)
         parts = []
-        for part in tokens[None].split(int(_CHUNK_SECONDS * codec.frame_rate), dim=2):
+        for part in tokens[None].split(chunk, dim=2):
             if self._closed:  # nobody waits for it: the process must not, either
                 raise CancelledError
             parts.append(stream.push(part))

@@ -212,9 +212,13 @@ class Session:
 
     def _store(self, piece: Piece) -> None:
         """In a thread of the writer."""
+        began = time.thread_time()
         stored = self._sink.write(piece)
         for one in stored:
             self._record(one)
+        with self._lock:
+            spent = self.measured.get("seconds_writing", 0.0) + time.thread_time() - began
+            self.measured["seconds_writing"] = spent  # of a processor, beside the model
         if not any(one[0] is piece for one in stored):  # it waits in a tar: a death from here on is not its fault
             self._ledger.stop(piece.task.key, piece.task.fingerprint)
 
