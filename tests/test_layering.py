@@ -20,7 +20,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("errors", "checks", "sections"),
     ("config",),
     ("pattern", "windows"),
-    ("roofline", "arena", "philox", "rng", "native", "loudness", "audio_encode", "seanet"),
+    ("roofline", "arena", "philox", "rng", "native", "beside", "loudness", "audio_encode", "seanet"),
     ("packing",),
     ("audio", "codec", "model", "machine"),
     ("kernels",),

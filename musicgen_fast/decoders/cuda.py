@@ -114,16 +114,21 @@ class CudaDecoder:
             if texts.folded is not None:
                 texts.folded.pool.write(index, [texts.folded.slots[row]], *layer.folded_text(keys, values))
 
-    def prepare(self, rows: int, capacity: int, mix: int = 2) -> None:
-        """Take memory for `rows` rows of so many positions, and capture all buckets up to them, the large ones first.
-
-        Otherwise memory grows as rows come, and a bucket is captured when it is first used (and again after growing).
-        For requests of `mix` branches without top p and min p. torch.OutOfMemoryError where there is no room.
-        """
+    def reserve(self, rows: int, capacity: int) -> None:
+        """Take memory for so many more rows of `capacity` positions at once; otherwise it grows as rows come, and
+        graphs are captured again. torch.OutOfMemoryError where there is no room."""
         with self._lock:
             self._cache.reserve(rows, capacity)
             self._texts.reserve(rows, _USUAL_TEXT)
             self._sized(heuristics.bucket(rows))
+
+    def prepare(self, rows: int, capacity: int, mix: int = 2) -> None:
+        """`reserve`, and capture all buckets up to `rows`, the large ones first.
+
+        Otherwise a bucket is captured when it is first used. For requests of `mix` branches without top p and min p.
+        """
+        with self._lock:
+            self.reserve(rows, capacity)
             board = self._boards[-1] if self._boards else self.board_for(1, capacity + 1)
             for bucket in reversed(heuristics.buckets(rows)):
                 self._graph(board, bucket, "plain" if self.config.conditioning == "cross" else "none", mix, TOP_K)

@@ -19,8 +19,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..beside import beside
 from ..codec_stream import StreamingDecoder
 from ..decoders.cpu import CpuDecoder
+from ..decoders.cuda import CudaDecoder
 from ..musicgen import MusicGen
 from ..slot_engine import RequestError, SlotEngine
 from .item import Item
@@ -94,7 +96,14 @@ class Engine:
 
     def _open(self) -> None:
         device = self.model.device
-        self._slots = SlotEngine(self.model.lm.decoder, self.limit, self._frames, device=device, shadow=False)
+        decoder = self.model.lm.decoder
+        self._slots = SlotEngine(decoder, self.limit, self._frames, device=device, shadow=False)
+        if isinstance(decoder, CudaDecoder):  # growing into the memory would take the old and the new at once
+            try:
+                decoder.reserve(2 * self.limit, self._slots.slots.num_steps)
+            except torch.OutOfMemoryError as error:
+                if self.limit > 1:  # a single piece says it when it comes
+                    self._halve(error)
 
     @property
     def sample_rate(self) -> int:
@@ -214,7 +223,11 @@ class Engine:
         self._cooking[self._cooks.submit(self._decode, tokens)] = (piece, tokens)
 
     def _decode(self, tokens: Tensor) -> Tensor:
-        """wav [C, n] on the CPU, in chunks of a fixed length."""
+        """wav [C, n] on the CPU, in chunks of a fixed length; on a GPU beside the steps of the others."""
+        with beside(tokens.device, tokens):
+            return self._decoded(tokens)
+
+    def _decoded(self, tokens: Tensor) -> Tensor:
         codec = self.model.compression_model
         chunk = int(_CHUNK_SECONDS * codec.frame_rate)
         if tokens.shape[1] <= chunk:
