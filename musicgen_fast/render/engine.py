@@ -179,9 +179,9 @@ class Engine:
     def _halve(self, error: Exception) -> None:
         before, self.limit = self.limit, max(1, self.limit // 2)
         self.halved = self.limit
+        _log.warning("no memory for %d pieces at once, going on with %d: %s", before, self.limit, error)
         if not self._running:
             self._rebuild()
-        _log.warning("no memory for %d pieces at once, going on with %d: %s", before, self.limit, error)
 
     def _start_over(self, error: Exception) -> list[Result]:
         """After an error in the middle of a step: every piece that ran goes back, or failed if it was that kind."""
