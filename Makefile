@@ -16,9 +16,9 @@ PIP := .venv/bin/python -m pip install -qq --disable-pip-version-check
 # that no current torch fits; of diffsynth the tests use one file, the sentencepiece model of T5.
 BARE_PACKAGES := tts-webui-audiocraft==1.4.0a2 diffsynth==1.1.9
 PYTEST := OMP_NUM_THREADS=1 $(PY) -m pytest
-GPU_RESULTS = benchmarks/results/$(shell date +%Y%m%d-%H%M%S)-gpu.json
+GPU_RESULTS ?= benchmarks/results/$(shell date +%Y-%m-%d-%H%M)-gpu.json
 
-.PHONY: help demo test test-all test-transformers-4 lint bench bench-gpu clean
+.PHONY: help demo test test-all test-transformers-4 lint bench bench-gpu sanitize-gpu clean
 
 help: ## this list
 	@sed -nE 's/^([a-z-]+):.*## (.*)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 18
@@ -46,9 +46,12 @@ lint: $(READY) ## ruff, mypy, clang-format
 bench: $(READY) ## the CPU benchmarks; saved under .benchmarks/
 	$(PY) -m pytest benchmarks -o python_files='bench_*.py test_*.py' -m "not gpu" --benchmark-only --benchmark-autosave
 
-bench-gpu: $(READY) ## everything that needs a GPU: golden tokens, a million rows, sampler, step; JSON in benchmarks/results/
-	$(PY) -m pytest -m gpu --benchmark-disable || echo "pytest -m gpu failed or is not installed"
-	$(PY) benchmarks/gpu_report.py --json $(GPU_RESULTS)
+bench-gpu: $(READY) ## on a GPU, under ten minutes: every check, then all figures; JSON and plots in benchmarks/results/
+	PYTHONPATH=. $(PY) benchmarks/gpu_report.py --json $(GPU_RESULTS)
+
+sanitize-gpu: $(READY) ## compute-sanitizer over a short run of the decoder on a GPU; some minutes
+	@set -e; for tool in memcheck racecheck synccheck; do echo "== $$tool"; \
+	  PYTHONPATH=. compute-sanitizer --tool $$tool --error-exitcode 9 $(PY) benchmarks/gpu_checks.py --part short --tiny; done
 
 clean: ## remove everything that make has made
 	rm -rf .venv .venv-transformers-4 build out *.egg-info .pytest_cache .mypy_cache .ruff_cache .benchmarks musicgen_fast/_C*.so musicgen_fast/_cuda.*

@@ -23,7 +23,8 @@ Run = Callable[[Step, int], object]  # generate, from this position on
 class Job:
     """`steps` columns from each of the positions `starts`, the first `warmup` of each block left out.
 
-    `requests` at once, with guidance: two rows each; `text_tokens` states in cross-attention.
+    `requests` at once, with guidance: two rows each; `text_tokens` states in cross-attention. A time stamp, for which a
+    GPU is waited for, after `every` so many steps.
     """
 
     provider: str
@@ -36,6 +37,7 @@ class Job:
     starts: tuple[int, ...] = (0,)
     requests: int = 1
     text_tokens: int = 16
+    every: int = 1
 
     @property
     def dtype(self) -> torch.dtype:

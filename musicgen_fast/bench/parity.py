@@ -11,7 +11,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import MusicGen
 from ..checkpoints import load_checkpoint
 from ..config import ModelConfig
 from ..decoders.torch import TorchDecoder
@@ -46,6 +45,8 @@ def parity(job: Job) -> dict[str, Any]:
     if job.provider == "openvino":
         return _of_openvino(job)
     assert job.provider == OURS
+    from .. import MusicGen  # here, as in providers.py
+
     lm: Any = MusicGen.get_pretrained(job.model, job.device, precision=job.precision).lm
     conditions = conditions_for(lm, job)
     codes = _codes(lm.config, job)

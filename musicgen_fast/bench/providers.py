@@ -16,7 +16,6 @@ from typing import Any
 
 import torch
 
-from .. import MusicGen
 from ..conditioning import ConditioningAttributes
 from ..config import GenerationParams, ModelConfig
 from ..pattern import build_pattern
@@ -33,6 +32,8 @@ OURS = "musicgen_fast"
 
 def ours(job: Job) -> Run:
     """The decoder that `MusicGen` picks for the device, through `LMModel.generate`: what a user gets."""
+    from .. import MusicGen  # here: peers run where its libraries for sound are missing
+
     lm: Any = MusicGen.get_pretrained(job.model, job.device, precision=job.precision).lm
     lm.decoder = LateStart(lm.decoder)
     conditions = conditions_for(lm, job)

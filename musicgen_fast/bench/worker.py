@@ -10,10 +10,12 @@ from __future__ import annotations
 
 import ctypes
 import gc
+import itertools
 import json
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 from time import perf_counter
@@ -75,15 +77,17 @@ def measure(job: Job) -> dict[str, Any]:
     blocks = []
     for start, position, size in zip(job.starts, positions, sizes, strict=True):
         times: list[float] = []
+        count = itertools.count()
 
-        def step(times: list[float] = times) -> None:
-            synchronize(job.device)
-            times.append(perf_counter())
+        def step(times: list[float] = times, count: Iterator[int] = count) -> None:
+            if next(count) % job.every == 0:
+                synchronize(job.device)
+                times.append(perf_counter())
 
         run(step, start)
-        ms = [1000 * (after - before) for before, after in zip(times, times[1:], strict=False)]
+        ms = [1000 * (after - before) / job.every for before, after in zip(times, times[1:], strict=False)]
         floors = {"floor_ms": 1000 * size / speed.best, "floor_p50_ms": 1000 * size / speed.median}
-        blocks.append({"start": start, "position": position, "ms": ms[job.warmup :], **floors})
+        blocks.append({"start": start, "position": position, "ms": ms[job.warmup // job.every :], **floors})
     return {
         "blocks": blocks,
         "peak_mib": round(peak_bytes(job.device) / 2**20),
