@@ -18,7 +18,7 @@ BARE_PACKAGES := tts-webui-audiocraft==1.4.0a2 diffsynth==1.1.9
 PYTEST := OMP_NUM_THREADS=1 $(PY) -m pytest
 GPU_RESULTS ?= benchmarks/results/$(shell date +%Y-%m-%d-%H%M)-gpu.json
 
-.PHONY: help demo test test-all test-transformers-4 lint bench bench-gpu sanitize-gpu clean
+.PHONY: help demo test test-all test-transformers-4 lint coverage docs bench bench-gpu sanitize-gpu clean
 
 help: ## this list
 	@sed -nE 's/^([a-z-]+):.*## (.*)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 18
@@ -42,6 +42,18 @@ lint: $(READY) ## ruff, mypy, clang-format
 	@export PATH="$(dir $(PY)):$$PATH"; if command -v clang-format >/dev/null; then \
 	  find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh' | xargs clang-format --dry-run --Werror; \
 	else echo "clang-format is not installed: csrc/ unchecked"; fi
+
+coverage: $(READY) ## line coverage by the quick tests; pages in out/coverage
+	@mkdir -p out
+	$(PYTEST) -m "not slow and not gpu" -n $(JOBS) --dist loadfile --benchmark-disable --cov --cov-report=term --cov-report=html
+
+# The reference is read from the source, so the site's tools need neither torch nor this package: an environment alone.
+docs: ## guides and reference as a site, in out/site
+	@test -x out/.venv-docs/bin/mkdocs || { $(PYTHON) -m venv --clear out/.venv-docs; \
+	if out/.venv-docs/bin/python -c 'import sys; sys.exit(sys.version_info < (3, 11))'; then pins="-c constraints.txt"; fi; \
+	out/.venv-docs/bin/python -m pip install -qq --disable-pip-version-check $$pins \
+	  $$(sed -n '/^docs = \[/,/^\]/s/^ *"\([^"]*\)",.*/\1/p' pyproject.toml); }
+	NO_MKDOCS_2_WARNING=1 out/.venv-docs/bin/python -m mkdocs build --strict
 
 bench: $(READY) ## the CPU benchmarks; saved under .benchmarks/
 	$(PY) -m pytest benchmarks -o python_files='bench_*.py test_*.py' -m "not gpu" --benchmark-only --benchmark-autosave

@@ -27,7 +27,8 @@ _OPTIONAL = ("triton", "demucs", "ray", "peft", "audiocraft", "torchaudio", "pro
 _DISTRIBUTIONS = {"yaml": "PyYAML", "audiocraft": "tts-webui.audiocraft"}
 _VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "CUDA_VISIBLE_DEVICES", "HF_HOME", "HF_HUB_CACHE", "HF_HUB_OFFLINE",
               "TRANSFORMERS_OFFLINE", "AUDIOCRAFT_CACHE_DIR", "MUSICGEN_FAST_NATIVE", "MUSICGEN_FAST_SAMPLER",
-              "TRITON_INTERPRET")  # fmt: skip
+              "MUSICGEN_FAST_DECODER", "MUSICGEN_FAST_CUDA", "MUSICGEN_FAST_KV", "MUSICGEN_FAST_FOLD",
+              "MUSICGEN_FAST_PDL", "OMP_WAIT_POLICY", "TRITON_INTERPRET")  # fmt: skip
 _LITTLE = 3e9  # bytes: musicgen-small in half precision, its T5, codec and a request
 
 
