@@ -11,7 +11,6 @@ tokens alone and in any batch; in version 1 (torch's own products, the baseline)
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Sequence
 from typing import Any
 
@@ -23,7 +22,7 @@ from ..kernels import heuristics
 from ..model import Layer, Transformer, position_table
 from ..prefill import known_rows, prefill_rows
 from ..state import Place, State
-from .cuda_graphs import Capture, Launch
+from .cuda_graphs import Capture, Launch, Turns
 from .cuda_pool import Pool, PooledCache, PooledTexts
 from .cuda_rows import TOP_K, Filters, RowTable, board_of, joint_filters
 from .cuda_step import Step, Text
@@ -68,18 +67,18 @@ class CudaDecoder:
         self._memory: Step | None = None
         self._table = RowTable(_FIRST_ROWS, self._device)
         self._positions = position_table(2048, self.config.dim, self._device)
-        self._lock = threading.RLock()  # a pass uses the step's memory: those of several threads take turns
+        self._turn = Turns(self._device)  # a pass uses the step's memory
 
     # -- set-up -------------------------------------------------------------------------------------------------------
 
     def allocate(self, rows: int, capacity: int) -> PooledCache:
         """Slots of the pool. torch.OutOfMemoryError where there is no room."""
-        with self._lock:
+        with self._turn:
             return PooledCache(self._cache, rows, capacity)
 
     def board_for(self, rows: int, num_steps: int) -> Board:
         """A board with such rows free: one that is there, so that its graphs serve, or a new one."""
-        with self._lock:
+        with self._turn:
             for board in self._boards:
                 if board.num_steps >= num_steps and board.fits(rows):
                     return board
@@ -98,7 +97,7 @@ class CudaDecoder:
         state.texts = None
         if not rows:
             return
-        with self._lock:
+        with self._turn:
             self._table.forget()
             folded = self._folded if max(len(r) for r in rows) <= self.config.head_dim else None
             state.texts = PooledTexts(self._texts, [len(r) for r in rows], folded)
@@ -117,7 +116,7 @@ class CudaDecoder:
     def reserve(self, rows: int, capacity: int) -> None:
         """Take memory for so many more rows of `capacity` positions at once; otherwise it grows as rows come, and
         graphs are captured again. torch.OutOfMemoryError where there is no room."""
-        with self._lock:
+        with self._turn:
             self._cache.reserve(rows, capacity)
             self._texts.reserve(rows, _USUAL_TEXT)
             self._sized(heuristics.bucket(rows))
@@ -127,7 +126,7 @@ class CudaDecoder:
 
         Otherwise a bucket is captured when it is first used. For requests of `mix` branches without top p and min p.
         """
-        with self._lock:
+        with self._turn:
             self.reserve(rows, capacity)
             board = self._boards[-1] if self._boards else self.board_for(1, capacity + 1)
             for bucket in reversed(heuristics.buckets(rows)):
@@ -142,7 +141,7 @@ class CudaDecoder:
         Without `draw` the last known column is left to the next `step`, which draws: how a saved state is filled. With
         it, that step follows at once: a generation from nothing but a text is steps alone.
         """
-        with self._lock:
+        with self._turn:
             state.lengths = [0] * len(state.lengths)
             self._fill(state)
             if draw:
@@ -155,7 +154,7 @@ class CudaDecoder:
 
         A failed draw raises after every lane has advanced.
         """
-        with self._lock:
+        with self._turn:
             self._step_lanes(states)
         for state in states:
             state.check()
