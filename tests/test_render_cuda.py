@@ -15,13 +15,12 @@ from musicgen_fast.decoders.cuda_ops import torch_ops
 from musicgen_fast.decoders.cuda_pool import Pool
 
 from .fake_capture import FakeCapture
-from .test_cuda_decoder import exact  # noqa: F401  (a fixture)
 from .test_render_run import _own_interrupts, mixed, models, options_of, run, short, summary  # noqa: F401
 from .test_render_session import found
 
 
 @pytest.fixture
-def decoders(monkeypatch: pytest.MonkeyPatch, exact: None) -> list[CudaDecoder]:  # noqa: F811
+def decoders(monkeypatch: pytest.MonkeyPatch, exact: None) -> list[CudaDecoder]:
     """Those that were built."""
     built: list[CudaDecoder] = []
 
