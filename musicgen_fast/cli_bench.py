@@ -1,4 +1,4 @@
-"""`musicgen-fast bench latency`: its options, and what it prints. What measures is in `bench/`, imported late."""
+"""`musicgen-fast bench`: its options, and what it prints. What measures is in `bench/`, imported late."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import argparse
 import sys
 from collections.abc import Callable
 
-__all__ = ["add_commands", "run_latency"]
+__all__ = ["add_commands", "run_compare", "run_latency"]
 
 # Written out here, so that --help and mistakes cost no import of torch.
 PROVIDERS = ("musicgen_fast", "transformers", "transformers_compiled", "audiocraft", "openvino")
@@ -20,13 +20,17 @@ provider runs in a process of its own, in another order each round. The floor is
 parity: of float32, whether the tokens equal those of the torch decoder; of the others, whether the relative error of
 the logits is within a limit. Peers that lack a precision run in the fastest that they have, which the line names.
 """
+_COMPARED = """\
+Says of every measurement that both files hold by how much B is worse: median and 90th percentile of a step, peak
+memory, and the share of the memory's speed (floor), which a slow minute of the machine moves least.
+"""
 
 
 def add_commands(commands: argparse._SubParsersAction) -> dict[str, argparse.ArgumentParser]:
     """Adds `bench` and what is below it; returns the parsers by name."""
     bench = commands.add_parser("bench", help="how fast this machine is, beside other implementations")
     bench.set_defaults(command="bench", verbose=False)
-    kinds = bench.add_subparsers(metavar="{latency}", required=True)
+    kinds = bench.add_subparsers(metavar="{latency,compare}", required=True)
     latency = kinds.add_parser(
         "latency",
         help="milliseconds per decoding step",
@@ -36,7 +40,22 @@ def add_commands(commands: argparse._SubParsersAction) -> dict[str, argparse.Arg
     )
     latency.set_defaults(run=run_latency, command="bench latency")
     _latency_options(latency)
-    return {"bench": bench, "bench latency": latency}
+    compare = kinds.add_parser(
+        "compare",
+        help="two files of results side by side",
+        description=_COMPARED,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    compare.set_defaults(run=run_compare, command="bench compare")
+    compare.add_argument("before", metavar="A", help="JSON lines, as --json writes them")
+    compare.add_argument("after", metavar="B", help="the same work, later")
+    compare.add_argument(
+        "--fail-if", action="append", default=[], metavar="METRIC:SHARE%",
+        help="exit with 1 where B is worse by more: median:5%%, p90, peak, floor; may be given several times",
+    )  # fmt: skip
+    compare.add_argument("-v", "--verbose", action="store_true", help="tracebacks of errors")
+    return {"bench": bench, "bench latency": latency, "bench compare": compare}
 
 
 def _latency_options(parser: argparse.ArgumentParser) -> None:
@@ -107,6 +126,24 @@ def run_latency(args: argparse.Namespace) -> int:
         if provider == "musicgen_fast":
             raise RuntimeError(f"musicgen_fast could not be timed in {precision}: {why}")
     return 0
+
+
+def run_compare(args: argparse.Namespace) -> int:
+    """Print both sides; 1 where a limit is passed, or where a measurement of ours is gone. ValueError, OSError."""
+    from .bench.compare import changes, different_machines, failed, load, parse_limit, table
+
+    limits = [parse_limit(text) for text in args.fail_if]
+    (before, there), (after, here) = load(args.before), load(args.after)
+    found = changes(before, after)
+    if not any(change.before and change.after for change in found):
+        raise ValueError("the files have no measurement in common: other models, precisions, threads or steps")
+    print(table(found))
+    if warning := different_machines(there, here):
+        print(f"musicgen-fast: {warning}", file=sys.stderr)
+    wrong = failed(found, limits) if limits else []
+    for sentence in wrong:
+        print(f"musicgen-fast: {sentence}", file=sys.stderr)
+    return 1 if wrong else 0
 
 
 def _names(known: tuple[str, ...]) -> Callable[[str], list[str]]:
