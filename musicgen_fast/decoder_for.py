@@ -12,14 +12,12 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from .decoders.cpu_model import PackedTransformer
-from .decoders.cuda import CudaDecoder
-from .decoders.cuda_graphs import CudaGraphs
-from .decoders.cuda_ops import torch_ops, triton_ops
 from .decoders.torch import TorchDecoder
 from .lanes import Decoder
 from .model import Transformer
@@ -27,6 +25,9 @@ from .pattern import build_pattern
 from .quantised import QuantisedLinear
 from .sampling import SamplingParams
 from .state import Branch, Conditions, Place, Sampler, State
+
+if TYPE_CHECKING:
+    from .decoders.cuda import CudaDecoder
 
 log = logging.getLogger(__name__)
 
@@ -60,6 +61,11 @@ def decoder_for(transformer: Transformer | PackedTransformer) -> Decoder:
 
 def cuda_decoder(transformer: Transformer, version: str, kv: str | None = None) -> CudaDecoder:
     """v3 or v1, with graphs. RuntimeError without Triton, which draws in both."""
+    # Here, because a source tree that is not installed has no musicgen_fast.kernels, and needs none on a CPU.
+    from .decoders.cuda import CudaDecoder
+    from .decoders.cuda_graphs import CudaGraphs
+    from .decoders.cuda_ops import torch_ops, triton_ops
+
     device = transformer.device
     try:
         ops = triton_ops() if version == "v3" else torch_ops(device)

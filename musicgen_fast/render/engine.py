@@ -22,7 +22,6 @@ from torch import Tensor
 from ..beside import beside
 from ..codec_stream import StreamingDecoder
 from ..decoders.cpu import CpuDecoder
-from ..decoders.cuda import CudaDecoder
 from ..musicgen import MusicGen
 from ..slot_engine import RequestError, SlotEngine
 from .item import Item
@@ -98,9 +97,10 @@ class Engine:
         device = self.model.device
         decoder = self.model.lm.decoder
         self._slots = SlotEngine(decoder, self.limit, self._frames, device=device, shadow=False)
-        if isinstance(decoder, CudaDecoder):  # growing into the memory would take the old and the new at once
+        reserve = getattr(decoder, "reserve", None)
+        if reserve is not None:  # the CUDA decoder's memory: growing into it would take the old and the new at once
             try:
-                decoder.reserve(2 * self.limit, self._slots.slots.num_steps)
+                reserve(2 * self.limit, self._slots.slots.num_steps)
             except torch.OutOfMemoryError as error:
                 if self.limit > 1:  # a single piece says it when it comes
                     self._halve(error)
