@@ -16,12 +16,14 @@ from typing import Any
 import pytest
 import torch
 
-from musicgen_fast import MusicGen, cli_bench, machine, native
+from musicgen_fast import MusicGen, machine, native
 from musicgen_fast.bench import latency, parity, providers, worker
 from musicgen_fast.bench.job import PRECISIONS, Job, config_of
 from musicgen_fast.bench.latency import Row
 from musicgen_fast.checkpoints.write import write_transformers_folder
 from musicgen_fast.cli import main
+from musicgen_fast.cli_bench import latency as cli_latency
+from musicgen_fast.cli_bench import options as cli_options
 from musicgen_fast.errors import CheckpointError
 
 from .checkpoint_writers import tiny
@@ -269,7 +271,7 @@ def test_config_of_nothing():
 
 
 def test_the_command_line_names_what_there_is():
-    assert cli_bench.PROVIDERS == tuple(providers.PROVIDERS) and cli_bench.PRECISIONS == PRECISIONS
+    assert cli_latency.PROVIDERS == tuple(providers.PROVIDERS) and cli_options.PRECISIONS == PRECISIONS
 
 
 @pytest.mark.parametrize(
