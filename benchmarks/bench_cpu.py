@@ -24,11 +24,10 @@ import numpy as np
 import torch
 
 from musicgen_fast.bench.job import Job
-from musicgen_fast.bench.latency import Row, quantile, run_rounds
+from musicgen_fast.bench.latency import COLUMNS, Row, quantile, run_rounds, starts_for
 from musicgen_fast.bench.machine import append_json, machine_card
 from musicgen_fast.bench.providers import OURS, PROVIDERS
 
-COLUMNS = 1503  # of a window of 30 s
 CLIPS = {"30 s": COLUMNS, "10 s": 503}
 WARMUP = 8
 OUR_PRECISIONS = ("float32", "bfloat16", "int8", "int4")
@@ -221,11 +220,6 @@ def table(lines: list[dict[str, Any]], absent: dict[tuple[str, str], str]) -> st
     return "\n".join([*text, *(f"absent: {' '.join(named)}: {why}" for named, why in absent.items())])
 
 
-def starts_for(positions: list[int], steps: int) -> tuple[int, ...]:
-    """Where blocks begin whose measured part lies around the positions, within a window."""
-    return tuple(dict.fromkeys(max(0, min(p - (WARMUP + steps) // 2, COLUMNS - steps)) for p in positions))
-
-
 def arguments() -> argparse.Namespace:
     def names(known: Any):
         def parse(text: str) -> list[str]:
@@ -261,7 +255,7 @@ def main() -> None:
     args = arguments()
     card = machine_card("cpu")
     print(f"{card['cpu']}, {args.threads} threads, torch {torch.__version__}, commit {card['commit']}")
-    starts = starts_for(args.positions, args.steps)
+    starts = starts_for(args.positions, args.steps, WARMUP)
     base = Job("", args.model, "", "cpu", args.threads, args.steps, WARMUP, starts)
     for section in args.sections:
         curves, absent = run_section(section, base, args)

@@ -18,7 +18,7 @@ import torch
 
 from musicgen_fast import MusicGen, machine, native
 from musicgen_fast.bench import latency, parity, providers, worker
-from musicgen_fast.bench.job import PRECISIONS, Job, config_of
+from musicgen_fast.bench.job import PRECISIONS, AbsentError, Job, config_of
 from musicgen_fast.bench.latency import Row
 from musicgen_fast.checkpoints.write import write_transformers_folder
 from musicgen_fast.cli import main
@@ -66,8 +66,11 @@ def test_lines_have_every_key_and_medians_over_rounds():
     said = parity.verdict("int8", 40, 0.01, 0.5)
     ours, gone = latency.lines(rows, absent, {("musicgen_fast", "int8"): said}, {"versions": {"torch": "2"}})
     wanted = {"provider", "precision", "threads", "ms_per_step", "floor_ms", "percent_of_floor", "parity"}
-    wanted |= {"positions", "model", "device", "peak_mib", "machine", "versions"}
-    assert wanted <= set(ours) and wanted - {"peak_mib", "positions"} <= set(gone)
+    wanted |= {"model", "device", "machine", "versions", "ms_p10", "ms_p90"}
+    measured = {"positions", "peak_mib", "ms_p99", "rtf", "rtfx", "audio_per_second", "tokens_per_second"}
+    measured |= {"load_s", "compile_s", "cold_ms"}
+    assert wanted | measured <= set(ours) and wanted <= set(gone)
+    assert ours["rtf"] == pytest.approx(0.6) and ours["rtf"] * ours["rtfx"] == pytest.approx(1)  # 50 steps of 12 ms
     assert (ours["ms_per_step"], ours["floor_ms"], ours["percent_of_floor"]) == (12.0, 6.0, 50.0)
     assert ours["ms_p10"] < 12 < ours["ms_p90"] and ours["ms_per_round"] == [10, 12, 50]
     assert ours["positions"] == [10, 20] and ours["parity"]["ok"] is True and "absent" not in ours
@@ -94,7 +97,7 @@ def test_peers_run_in_the_nearest_precision_that_they_have(monkeypatch):
 def test_default_providers_are_those_that_are_there(monkeypatch):
     monkeypatch.setattr(latency, "why_absent", lambda name: "gone" if name == "openvino" else "")
     jobs = latency.jobs_for(Job(""), ["float32"], None)
-    assert [job.provider for job in jobs] == ["musicgen_fast", "transformers", "audiocraft"]
+    assert [job.provider for job in jobs] == ["musicgen_fast", "transformers", "audiocraft", "fast_musicgen"]
 
 
 def test_a_provider_that_fails_is_absent_and_not_tried_again(monkeypatch):
@@ -256,6 +259,23 @@ def test_openvino_computes_the_same_with_its_attention_fused(model):
     assert decoder.step(torch.zeros(4, dtype=torch.int64)).shape == (2, 4, 64) and decoder.position == 10
 
 
+def test_fast_musicgen_is_stepped_by_its_own_loop(model):
+    pytest.importorskip("fast_musicgen", reason="fast-musicgen is not installed")
+    counted: list[int] = []
+    run = providers.PROVIDERS["fast_musicgen"](Job("fast_musicgen", model, steps=12, text_tokens=5))
+    tokens: Any = run(lambda: counted.append(1), 0)
+    assert len(counted) == 12 and tokens.shape[:3] == (1, 1, 4) and tokens.max() < 64
+
+
+@pytest.mark.parametrize("options,why", [({"requests": 2}, "one request"), ({"text_tokens": 21}, "up to 20 tokens")])
+def test_what_fast_musicgen_is_not_made_for(model, monkeypatch, options, why):
+    nothing = SimpleNamespace(CausalLM=None, LMRunner=None)
+    monkeypatch.setitem(sys.modules, "fast_musicgen", SimpleNamespace(lm=nothing))
+    monkeypatch.setitem(sys.modules, "fast_musicgen.lm", nothing)
+    with pytest.raises(AbsentError, match=why):
+        providers.PROVIDERS["fast_musicgen"](Job("fast_musicgen", model, **options))
+
+
 def test_a_process_that_fails_or_hangs(model, monkeypatch):
     answer = worker.in_own_process(Job("musicgen_fast", model, precision="int3"))
     assert "KeyError" in answer["absent"] and answer["absent"].startswith("failed: ")
@@ -281,6 +301,7 @@ def test_the_command_line_names_what_there_is():
         (["--precision", "int3"], "got 'int3'"),
         (["--steps", "9"], "at least 10"),
         (["--threads", "0"], "at least 1"),
+        (["--positions", "16,1503"], "expected positions 0..1502"),
         (["--fast"], "unrecognized arguments: --fast"),
     ],
 )
@@ -288,6 +309,16 @@ def test_mistakes(argv, message, capsys):
     with pytest.raises(SystemExit, match="2"):
         main(["bench", "latency", *argv])
     assert message in capsys.readouterr().err
+
+
+def test_the_command_knows_where_a_window_ends():
+    assert cli_latency.LAST_POSITION == latency.COLUMNS
+    assert latency.starts_for([0, 700, 1502], 40, 20) == (0, 670, 1463)
+
+
+def test_what_a_step_means():
+    found = latency.speeds(10.0, requests=8, codebooks=4)
+    assert found == {"rtf": 0.5, "rtfx": 2.0, "audio_per_second": 16.0, "tokens_per_second": 3200.0}
 
 
 def test_an_unknown_model(capsys):
@@ -318,6 +349,7 @@ def test_the_command_prints_one_line_a_provider(model):
     assert 0 < ours["ms_p10"] <= ours["ms_per_step"] <= ours["ms_p90"] and ours["positions"] == [5, 10]
     assert ours["percent_of_floor"] == pytest.approx(100 * ours["floor_ms"] / ours["ms_per_step"], rel=1e-3)
     assert ours["parity"]["ok"] is True and ours["peak_mib"] > 50 and ours["versions"]["torch"]
+    assert ours["load_s"] > 0 and ours["cold_ms"] > 0 and ours["compile_s"] is None
     assert gone["provider"] == "openvino" and "not installed" in gone["absent"]
 
 

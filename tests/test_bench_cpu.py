@@ -66,7 +66,7 @@ def test_comparisons_within_a_round():
 
 
 def test_starts_lie_within_the_window():
-    starts = bench_cpu.starts_for([16, 400, 1500], 48)
+    starts = bench_cpu.starts_for([16, 400, 1500], 48, bench_cpu.WARMUP)
     assert starts == (0, 372, 1455) and max(starts) + 48 == bench_cpu.COLUMNS
 
 

@@ -10,13 +10,24 @@ import torch
 from ..checkpoints import load_checkpoint
 from ..config import ModelConfig, named_config
 
-__all__ = ["AbsentError", "DTYPES", "Job", "PRECISIONS", "Run", "Step", "config_of"]
+__all__ = ["AbsentError", "Compiled", "DTYPES", "Job", "PRECISIONS", "Run", "Step", "config_of"]
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 PRECISIONS = (*DTYPES, "int8", "int4")
 
 Step = Callable[[], None]  # to be called once a step
 Run = Callable[[Step, int], object]  # generate, from this position on
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """A `Run` of what was compiled before it, and the seconds which that took."""
+
+    run: Run
+    compile_s: float
+
+    def __call__(self, step: Step, start: int) -> object:
+        return self.run(step, start)
 
 
 @dataclass(frozen=True)

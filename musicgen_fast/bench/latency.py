@@ -18,14 +18,17 @@ from .providers import OURS, fitting_precision, why_absent
 from .worker import in_own_process
 
 __all__ = [
-    "DEFAULT_PROVIDERS", "REFERENCE", "Row", "jobs_for", "lines", "parities", "quantile", "ratio", "run_rounds",
-    "table",
+    "COLUMNS", "DEFAULT_PROVIDERS", "REFERENCE", "Row", "jobs_for", "lines", "parities", "quantile", "ratio",
+    "run_rounds", "starts_for", "table",
 ]  # fmt: skip
 
 REFERENCE = "transformers"
-DEFAULT_PROVIDERS = (OURS, "transformers", "audiocraft", "openvino")
+DEFAULT_PROVIDERS = (OURS, "transformers", "audiocraft", "openvino", "fast_musicgen")
 Key = tuple[str, str, int]  # provider, precision, first position
 Absent = dict[tuple[str, str], str]
+COLUMNS = 1503  # of a window of 30 s
+FRAME_RATE = 50  # of the released models: a second of sound takes so many steps
+_OF_A_PROCESS = ("peak_mib", "read_gb_s", "load_s", "compile_s", "cold_ms", "codebooks")
 
 
 @dataclass(frozen=True)
@@ -41,6 +44,10 @@ class Row:
     floor_ms: float
     floor_p50_ms: float
     read_gb_s: float
+    load_s: float | None = None
+    compile_s: float | None = None
+    cold_ms: float | None = None
+    codebooks: int | None = None
 
     @property
     def key(self) -> Key:
@@ -89,7 +96,8 @@ def run_rounds(
                 absent[named] = result["absent"]
                 continue
             for block in result["blocks"]:
-                rows.append(Row(job, number, peak_mib=result["peak_mib"], read_gb_s=result["read_gb_s"], **block))
+                facts: dict[str, Any] = {name: result.get(name) for name in _OF_A_PROCESS}
+                rows.append(Row(job, number, **block, **facts))
     return rows, absent
 
 
@@ -132,12 +140,14 @@ def lines(
     found = []
     for (provider, precision, _), group in groups(rows).items():
         job, every = group[0].job, [ms for row in group for ms in row.ms]
-        low, middle, high = (round(quantile(every, q), 4) for q in (0.1, 0.5, 0.9))
+        low, middle, high, highest = (round(quantile(every, q), 4) for q in (0.1, 0.5, 0.9, 0.99))
         ratios = [r for row in group if (r := ratio(row, rows)) is not None]
         line = _line(job, card) | {
             "ms_per_step": middle,
             "ms_p10": low,
             "ms_p90": high,
+            "ms_p99": highest,
+            **speeds(middle, job.requests, group[0].codebooks or 4),
             "floor_ms": quantile((row.floor_ms for row in group), 0.5),
             "floor_p50_ms": quantile((row.floor_p50_ms for row in group), 0.5),
             "percent_of_floor": quantile((100 * row.floor_ms / row.median for row in group), 0.5),
@@ -148,6 +158,7 @@ def lines(
             "rounds": len(group),
             "ms_per_round": [round(row.median, 4) for row in group],
             "peak_mib": max(row.peak_mib for row in group),
+            **{name: _median(getattr(row, name) for row in group) for name in ("load_s", "compile_s", "cold_ms")},
         }
         found.append(line)
     nothing = dict.fromkeys(("ms_per_step", "ms_p10", "ms_p90", "floor_ms", "percent_of_floor", "parity"))
@@ -157,6 +168,28 @@ def lines(
             job = replace(rows[0].job, provider=provider, precision=precision)
         found.append(_line(job, card) | nothing | {"absent": why})
     return found
+
+
+def speeds(ms: float, requests: int, codebooks: int) -> dict[str, float]:
+    """What steps of `ms` mean: {"rtf": seconds of work per second of sound, "rtfx": its inverse, "audio_per_second":
+    seconds of sound of all requests, "tokens_per_second": of all codebooks and requests}."""
+    rtfx = 1000 / (FRAME_RATE * ms)
+    return {
+        "rtf": 1 / rtfx,
+        "rtfx": rtfx,
+        "audio_per_second": rtfx * requests,
+        "tokens_per_second": 1000 / ms * codebooks * requests,
+    }
+
+
+def _median(values: Iterable[float | None]) -> float | None:
+    known = [value for value in values if value is not None]
+    return quantile(known, 0.5) if known else None
+
+
+def starts_for(positions: Iterable[int], steps: int, warmup: int) -> tuple[int, ...]:
+    """Where blocks of `steps` begin whose measured part lies around the positions, within a window."""
+    return tuple(dict.fromkeys(max(0, min(p - (warmup + steps) // 2, COLUMNS - steps)) for p in positions))
 
 
 def _line(job: Job, card: dict[str, Any]) -> dict[str, Any]:

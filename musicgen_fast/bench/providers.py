@@ -1,4 +1,4 @@
-"""The language models that are timed, with guidance and top-k 250: this project, transformers, audiocraft, OpenVINO.
+"""The language models that are timed, with guidance and top-k 250: this project and its peers.
 
 Ours is any model; the others have the model's shapes with random weights (OpenVINO its weights) and do text models
 only. Text encoder and codec are small ones: neither runs during a step. A provider is `build(job) -> run(step, start)`.
@@ -12,6 +12,7 @@ from collections.abc import Callable
 from contextlib import nullcontext
 from importlib import import_module
 from importlib.util import find_spec
+from time import perf_counter
 from typing import Any
 
 import torch
@@ -20,8 +21,8 @@ from ..conditioning import ConditioningAttributes
 from ..config import GenerationParams, ModelConfig
 from ..pattern import build_pattern
 from ..state import Conditions, State
-from . import openvino_peer
-from .job import AbsentError, Job, Run, Step, config_of
+from . import fast_musicgen_peer, openvino_peer
+from .job import AbsentError, Compiled, Job, Run, Step, config_of
 from .machine import ROOT, cpu_flags
 from .weights import default_dtype, fill, undrawn
 
@@ -89,12 +90,13 @@ def transformers(job: Job) -> Run:
 
 
 def transformers_compiled(job: Job) -> Run:
-    """Its decoder through torch.compile; the compilation falls into the steps that are left out."""
+    """Its decoder through torch.compile, compiled by two runs that are not measured."""
     model, run = _transformers(job)
     model.decoder.forward = torch.compile(model.decoder.forward, dynamic=True)
+    began = perf_counter()
     for _ in range(2):
         run(lambda: None, 0)
-    return run
+    return Compiled(run, perf_counter() - began)
 
 
 def _transformers(job: Job) -> tuple[Any, Run]:
@@ -192,17 +194,19 @@ PROVIDERS: dict[str, Callable[[Job], Run]] = {
     "transformers_compiled": transformers_compiled,
     "audiocraft": audiocraft,
     "openvino": openvino_peer.build,
+    "fast_musicgen": fast_musicgen_peer.build,
 }
 
 
 def why_absent(provider: str) -> str:
     """Why a provider cannot run in this environment, as far as that shows without trying; empty if it may."""
     needed = {"transformers": ["transformers"], "transformers_compiled": ["transformers"],
-              "audiocraft": ["audiocraft"], "openvino": ["openvino", "nncf"]}.get(provider, [])  # fmt: skip
+              "audiocraft": ["audiocraft"], "openvino": ["openvino", "nncf"],
+              "fast_musicgen": ["fast_musicgen"]}.get(provider, [])  # fmt: skip
     for package in needed:
         if find_spec(package) is None:
-            how = "--no-deps tts-webui-audiocraft" if package == "audiocraft" else package
-            return f"{package} is not installed (pip install {how})"
+            bare = {"audiocraft": "--no-deps tts-webui-audiocraft", "fast_musicgen": "--no-deps fast-musicgen"}
+            return f"{package} is not installed (pip install {bare.get(package, package)})"
     if provider == "audiocraft" and not os.path.isfile(ROOT / "tests" / "oracle" / "audiocraft_lm.py"):
         return "audiocraft is built by tests/oracle, which only a checkout of this project has"
     return ""

@@ -55,10 +55,13 @@ def in_own_process(job: Job, task: str = "time", timeout: float | None = None) -
 def measure(job: Job) -> dict[str, Any]:
     """Times of the steps in ms, block by block, with the floor of each; or {"absent": why}.
 
-    {"blocks": [{"start", "position", "ms", "floor_ms", "floor_p50_ms"}], "peak_mib", "read_gb_s", "read_p50_gb_s"}:
+    {"blocks": [{"start", "position", "ms", "floor_ms", "floor_p50_ms"}], "peak_mib", "read_gb_s", "read_p50_gb_s",
+    "load_s", "compile_s", "cold_ms", "codebooks"}
+
     `position` is the middle of the block; `floor_ms` the bytes of a step there over the best speed of reading as many
     with as many threads, in this process just before, `floor_p50_ms` over the median. `peak_mib`: the most memory while
-    generating, of the GPU on cuda.
+    generating, of the GPU on cuda. `load_s`: until the model was ready; `compile_s`: what compiling took after that
+    (None: nothing is compiled); `cold_ms`: the first call of this process until its first step was done.
     """
     torch.set_num_threads(job.threads)
     torch.manual_seed(0)
@@ -69,10 +72,12 @@ def measure(job: Job) -> dict[str, Any]:
         for position in positions
     ]
     speed = read_speed(job.device, job.threads, min(sum(sizes) / len(sizes), 1.5e9))
+    began = perf_counter()
     try:
         run = PROVIDERS[job.provider](job)
     except AbsentError as reason:
         return {"absent": str(reason)}
+    load_s, compile_s, cold_ms = perf_counter() - began, getattr(run, "compile_s", None), 0.0
     reset_peak(job.device)
     blocks = []
     for start, position, size in zip(job.starts, positions, sizes, strict=True):
@@ -84,7 +89,9 @@ def measure(job: Job) -> dict[str, Any]:
                 synchronize(job.device)
                 times.append(perf_counter())
 
+        began = perf_counter()
         run(step, start)
+        cold_ms = cold_ms or 1000 * (times[1] - began)  # peers are stamped before a step, so the second stamp is meant
         ms = [1000 * (after - before) / job.every for before, after in zip(times, times[1:], strict=False)]
         floors = {"floor_ms": 1000 * size / speed.best, "floor_p50_ms": 1000 * size / speed.median}
         blocks.append({"start": start, "position": position, "ms": ms[job.warmup // job.every :], **floors})
@@ -93,6 +100,10 @@ def measure(job: Job) -> dict[str, Any]:
         "peak_mib": round(peak_bytes(job.device) / 2**20),
         "read_gb_s": speed.best / 1e9,
         "read_p50_gb_s": speed.median / 1e9,
+        "load_s": load_s - (compile_s or 0),
+        "compile_s": compile_s,
+        "cold_ms": cold_ms,
+        "codebooks": config.num_codebooks,
     }
 
 

@@ -8,8 +8,9 @@ from typing import Any
 from .options import PRECISIONS, add_kind, at_least, machine_options, names, output_options, sayer
 
 NAME = "latency"
-PROVIDERS = ("musicgen_fast", "transformers", "transformers_compiled", "audiocraft", "openvino")
+PROVIDERS = ("musicgen_fast", "transformers", "transformers_compiled", "audiocraft", "openvino", "fast_musicgen")
 FEWEST_STEPS = 10
+LAST_POSITION = 1503  # columns of a window of 30 s
 _ABOUT = """\
 Milliseconds per decoding step, with guidance, beside other implementations on the same machine in the same run. Every
 provider runs in a process of its own, in another order each round. The floor is the time of reading the bytes of a step
@@ -36,6 +37,12 @@ def add(kinds: Any) -> argparse.ArgumentParser:
         "--steps", type=at_least(FEWEST_STEPS), default=200, metavar="N",
         help="a round, the first 20 (at most half) left out (default: %(default)s)",
     )  # fmt: skip
+    parser.add_argument(
+        "--positions",
+        type=_positions,
+        metavar="N,N",
+        help="steps around these positions of a window instead of its first",
+    )
     parser.add_argument("--rounds", type=at_least(1), default=3, metavar="N", help="default: %(default)s")
     parser.add_argument(
         "--providers", type=names(PROVIDERS), metavar="NAMES",
@@ -57,7 +64,7 @@ def run(args: argparse.Namespace) -> int:
     import torch
 
     from ..bench.job import Job
-    from ..bench.latency import jobs_for, lines, parities, run_rounds, table
+    from ..bench.latency import jobs_for, lines, parities, run_rounds, starts_for, table
     from ..bench.machine import append_json, machine_card
     from ..config import named_config
     from ..loading import pick_device
@@ -67,8 +74,11 @@ def run(args: argparse.Namespace) -> int:
     if args.model.startswith("random:"):
         named_config(args.model.removeprefix("random:"))
     threads = args.threads or torch.get_num_threads()
+    if args.positions and args.steps > LAST_POSITION:
+        raise ValueError(f"--steps must be at most {LAST_POSITION} with --positions: blocks lie within a window")
     warmup = min(20, args.steps // 2)
-    base = Job("", args.model, "", str(device), threads, args.steps, warmup, text_tokens=args.text_tokens)
+    starts = starts_for(args.positions, args.steps, warmup) if args.positions else (0,)
+    base = Job("", args.model, "", str(device), threads, args.steps, warmup, starts, text_tokens=args.text_tokens)
     precisions = args.precision or (["float32"] if device.type == "cpu" else ["float16"])
     jobs = jobs_for(base, dict.fromkeys(precisions), args.providers)
     card = machine_card(str(device))
@@ -83,3 +93,12 @@ def run(args: argparse.Namespace) -> int:
         if provider == "musicgen_fast":
             raise RuntimeError(f"musicgen_fast could not be timed in {precision}: {why}")
     return 0
+
+
+def _positions(text: str) -> list[int]:
+    parts = text.split(",")
+    if not all(part.isdecimal() and int(part) < LAST_POSITION for part in parts):
+        raise argparse.ArgumentTypeError(
+            f"expected positions 0..{LAST_POSITION - 1}, such as 16,768,1480, got {text!r}"
+        )
+    return [int(part) for part in parts]
