@@ -71,7 +71,9 @@ def test_lines_that_repeat_a_measurement_count_once(tmp_path: Path) -> None:
     assert len(found) == 3 and {round(values["median"]) for values in found.values()} == {80, 25, 75}
 
 
-COMMITTED = [path.name for kind in ("decoder", "step") for path in sorted(RESULTS.glob(f"*-{kind}.jsonl"))]
+COMMITTED = [
+    path.name for kind in ("decoder", "step", "codec", "sampler") for path in sorted(RESULTS.glob(f"*-{kind}.jsonl"))
+]
 
 
 @pytest.mark.parametrize("name", COMMITTED)
@@ -80,13 +82,42 @@ def test_committed_results_can_be_compared(name: str) -> None:
     assert main(["bench", "compare", path, path, "--fail-if", "median:0%", "--fail-if", "peak:0%"]) == 0
 
 
+KINDS = [
+    (
+        {"benchmark": "throughput", "way": "render", "batch": 8, "audio_per_second": 70.0},
+        {"audio_per_second": 60.0},
+        "speed",
+    ),
+    ({"benchmark": "stream", "seconds": 12.0, "ttfa_ms": 150.0, "gap_p99_ms": 30.0}, {"ttfa_ms": 180.0}, "ttfa"),
+    ({"benchmark": "sampler", "filter": "none", "us": {"p50": 20.0, "p90": 30.0}}, {"us": {"p50": 25.0}}, "median"),
+    ({"benchmark": "quality", "data": "own samples", "nats_per_token": 0.2}, {"nats_per_token": 0.24}, "nats"),
+    ({"benchmark": "codec", "seconds": 30.0, "seconds_per_second": 0.07}, {"seconds_per_second": 0.09}, "median"),
+]
+
+
+@pytest.mark.parametrize(("line", "later", "metric"), KINDS, ids=[line["benchmark"] for line, _, _ in KINDS])
+def test_every_kind_of_result_is_compared(
+    line: dict[str, Any], later: dict[str, Any], metric: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    named = {"provider": "musicgen_fast", "precision": "int8", "model": "demo"}
+    before, after, other = tmp_path / "a", tmp_path / "b", tmp_path / "c"
+    before.write_text(json.dumps(line | named))
+    after.write_text(json.dumps(line | named | later))
+    other.write_text(json.dumps(line | named | {"model": "small"}))
+    assert main(["bench", "compare", str(before), str(after), "--fail-if", f"{metric}:5%"]) == 1
+    assert f"{metric} is" in capsys.readouterr().err
+    assert main(["bench", "compare", str(after), str(before), "--fail-if", f"{metric}:5%"]) == 0, "better is no fault"
+    assert main(["bench", "compare", str(before), str(other)]) == 1
+    assert "no measurement in common" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("content", "said"),
     [
-        ("", "holds no measured step"),
+        ("", "holds no measurement"),
         ("{", "line 1: this is no JSON"),
         ('{"benchmark": "latency", "ms_per_step": 1.0}\n[]', "line 2: this is no result"),
-        ('{"benchmark": "latency", "provider": "x", "ms_per_step": null, "absent": "why"}', "holds no measured step"),
+        ('{"benchmark": "latency", "provider": "x", "ms_per_step": null, "absent": "why"}', "holds no measurement"),
         ('{"benchmark": "latency", "provider": "x", "ms_per_step": 3.0}', "no measurement in common"),
     ],
 )
@@ -99,7 +130,7 @@ def test_bad_files_say_what_is_wrong(
     assert main(["bench", "compare", str(tmp_path / "a"), str(tmp_path / "none")]) == 1
 
 
-@pytest.mark.parametrize("text", ["median", "median:5", "speed:5%", "median:x%", "median:-1%", "median:nan%", ""])
+@pytest.mark.parametrize("text", ["median", "median:5", "slowness:5%", "median:x%", "median:-1%", "median:nan%", ""])
 def test_bad_limits(text: str) -> None:
     with pytest.raises(ValueError, match="such as"):
         parse_limit(text)

@@ -16,15 +16,21 @@ from typing import Any
 __all__ = ["Limit", "Change", "changes", "different_machines", "failed", "load", "parse_limit", "table"]
 
 _NAMES = (
-    "benchmark", "section", "provider", "precision", "model", "device", "threads", "requests", "text_tokens",
-    "busy_core", "steps", "start", "batch",
+    "benchmark", "section", "provider", "way", "precision", "model", "device", "threads", "requests", "text_tokens",
+    "busy_core", "steps", "start", "batch", "pieces", "codebooks", "filter", "dtype", "vocab", "window", "data",
+    "clips", "direction", "chunk",
 )  # fmt: skip
-# Metric -> (where it stands, whether less is better)
+_ASKED = ("codec", "codec_stream", "stream")  # whose "seconds" are those of the sound, not of the work
+# Metric -> (the fields that may hold it, whether less is better)
 METRICS = {
-    "median": (("ms_per_step", "p50"), True),
-    "p90": (("ms_p90", ""), True),
-    "peak": (("peak_mib", ""), True),
-    "floor": (("percent_of_floor", ""), False),
+    "median": (("ms_per_step", "us", "seconds_per_second"), True),
+    "p90": (("ms_p90",), True),
+    "p99": (("ms_p99", "gap_p99_ms"), True),
+    "peak": (("peak_mib",), True),
+    "floor": (("percent_of_floor",), False),
+    "speed": (("audio_per_second", "rtfx"), False),
+    "ttfa": (("ttfa_ms",), True),
+    "nats": (("nats_per_token",), True),
 }
 
 Key = tuple[tuple[str, Any], ...]
@@ -59,8 +65,9 @@ class Change:
     def name(self) -> str:
         """What tells it from others, for a person."""
         told = dict(self.key)
-        words = [str(told[n]) for n in ("provider", "precision", "model") if n in told]
-        return " ".join(words + [f"{n} {told[n]}" for n in ("section", "requests", "positions", "start") if n in told])
+        words = [str(told[n]) for n in ("provider", "way", "precision", "model", "filter", "direction") if n in told]
+        numbers = ("section", "requests", "batch", "codebooks", "positions", "start", "window", "chunk", "seconds")
+        return " ".join(words + [f"{n} {told[n]}" for n in numbers if n in told])
 
 
 def parse_limit(text: str) -> Limit:
@@ -100,12 +107,14 @@ def load(path: str | Path) -> tuple[Results, set[str]]:
             for metric, value in values.items():
                 kept.setdefault(metric, []).append(value)
     if not found:
-        raise ValueError(f"{path} holds no measured step: were all providers absent?")
+        raise ValueError(f"{path} holds no measurement: were all providers absent?")
     return {key: {m: median(v) for m, v in values.items()} for key, values in found.items()}, machines
 
 
 def _key(line: dict[str, Any]) -> Key:
     named = [(name, line[name]) for name in _NAMES if line.get(name) is not None]
+    if line["benchmark"] in _ASKED and "seconds" in line:
+        named.append(("seconds", line["seconds"]))
     positions = line.get("positions")
     if isinstance(positions, list) and all(isinstance(p, int) for p in positions):
         named.append(("positions", "..".join(map(str, positions))))
@@ -113,13 +122,15 @@ def _key(line: dict[str, Any]) -> Key:
 
 
 def _value(line: dict[str, Any], metric: str) -> float | None:
-    (name, part), _ = METRICS[metric]
-    value = line.get(name)
-    if isinstance(value, dict):
-        value = value.get(part)
-    elif value is None and isinstance(line.get("ms_per_step"), dict):
-        value = line["ms_per_step"].get(metric)
-    return float(value) if isinstance(value, (int, float)) and not isinstance(value, bool) else None
+    for name in METRICS[metric][0]:
+        value = line.get(name)
+        if isinstance(value, dict):  # {"p50", "p10", "p90"}
+            value = value.get("p50")
+        elif value is None and isinstance(line.get("ms_per_step"), dict):
+            value = line["ms_per_step"].get(metric)
+        if isinstance(value, (int, float)) and not isinstance(value, bool):
+            return float(value)
+    return None
 
 
 def changes(before: Results, after: Results) -> list[Change]:
@@ -152,10 +163,14 @@ def failed(found: list[Change], limits: list[Limit]) -> list[str]:
 
 def table(found: list[Change]) -> str:
     """Markdown; percentages say how much worse the second file is (negative: better)."""
-    text = ["| what | " + " | ".join(f"{metric} | worse by" for metric in METRICS) + " |", "|---" * 9 + "|"]
+    metrics = [
+        m for m in METRICS if any(m in (side or {}) for change in found for side in (change.before, change.after))
+    ]
+    text = ["| what | " + " | ".join(f"{metric} | worse by" for metric in metrics) + " |"]
+    text.append("|---" * (1 + 2 * len(metrics)) + "|")
     for change in found:
         cells = []
-        for metric in METRICS:
+        for metric in metrics:
             pair = [(side or {}).get(metric) for side in (change.before, change.after)]
             cells.append(" -> ".join("-" if value is None else f"{value:.4g}" for value in pair))
             worse = change.worse(metric)

@@ -10,8 +10,13 @@ from .options import add_kind
 
 NAME = "compare"
 _ABOUT = """\
-Says of every measurement that both files hold by how much B is worse: median and 90th percentile of a step, peak
-memory, and the share of the memory's speed (floor), which a slow minute of the machine moves least.
+Says of every measurement that both files hold by how much B is worse. Metrics, as far as the files have them:
+
+  median  of a step or a draw        speed  seconds of sound per second
+  p90     of a step                  ttfa   time to first audio
+  p99     of a step or a gap         nats   per token (quality)
+  peak    memory
+  floor   share of the memory's speed, which a slow minute of the machine moves least
 """
 
 
@@ -22,7 +27,7 @@ def add(kinds: Any) -> argparse.ArgumentParser:
     parser.add_argument("after", metavar="B", help="the same work, later")
     parser.add_argument(
         "--fail-if", action="append", default=[], metavar="METRIC:SHARE%",
-        help="exit with 1 where B is worse by more: median:5%%, p90, peak, floor; may be given several times",
+        help="exit with 1 where B is worse by more, such as median:5%%; may be given several times",
     )  # fmt: skip
     parser.add_argument("-v", "--verbose", action="store_true", help="tracebacks of errors")
     return parser
