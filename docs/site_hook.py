@@ -25,6 +25,7 @@ PAGES = {
     "dev/LOG.md": "log.md",
 }
 _LINK = re.compile(r"(!?)\[((?:[^\[\]]|\[[^\]]*\])*)\]\(([^)\s]+)\)")
+_PICTURE = re.compile(r'\b(src|srcset)="docs/')  # of HTML, which README needs for pictures of two kinds
 _CODE = re.compile(r"(^ *```.*?^ *```|`[^`\n]*`)", re.M | re.S)
 
 
@@ -51,4 +52,6 @@ def on_page_markdown(markdown: str, page: Any, config: Any, files: Any) -> str:
         return f"{picture}[{text}]({site}{hash_}{anchor})" if files.get_file_from_path(site) else text
 
     parts = _CODE.split(markdown)
-    return "".join(part if index % 2 else _LINK.sub(replaced, part) for index, part in enumerate(parts))
+    return "".join(
+        part if index % 2 else _PICTURE.sub(r'\1="', _LINK.sub(replaced, part)) for index, part in enumerate(parts)
+    )
