@@ -39,6 +39,7 @@ def attention(
         length: int32 [R], positions held before this step, less than C; negative: the row takes no part.
         out: half [R, d], zeros in rows without a length.
         scratch: fp32 [R, H, splits, d / H + 2], splits at least C / 128. arrived: int32 [R, H], zeros before and after.
+        pdl: as for `norm_linear`.
     """
     _, _, heads, positions, head_dim = cache.shape
     splits = num_splits(positions)

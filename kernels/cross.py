@@ -30,7 +30,8 @@ def cross_attention(
 ) -> None:
     """Attend to a row's text: q half [R, d], texts half [2, slots, H, T, d / H] (slots contiguous), out half [R, d].
 
-    text_slot, text_length: int32 [R]; zeros come out where the length is 0, as of a null branch.
+    text_slot, text_length: int32 [R]; zeros come out where the length is 0, as of a null branch. pdl: as for
+    `norm_linear`.
     """
     _, _, heads, _, head_dim = texts.shape
     assert texts[0, 0].is_contiguous()
@@ -112,7 +113,7 @@ def absorbed_scores(
 
     scores = (h Wq) K^T = h (Wq K^T): to_scores half [slots, H, T, d], slots contiguous, the scale 1 / sqrt(d / H)
     included. x, parts, x_out (not x), gamma, beta as in `norm_linear`; text_slot, text_length: int32 [R]; weights fp32
-    [R, H, T], written: zeros beyond the text and without one.
+    [R, H, T], written: zeros beyond the text and without one. pdl: as for `norm_linear`.
     """
     rows, width = x.shape
     _, heads, positions, _ = to_scores.shape
@@ -192,7 +193,7 @@ def absorbed_output(
     weights: Tensor, to_output: Tensor, text_slot: Tensor, text_length: Tensor, parts: Tensor, *, pdl: bool = False
 ) -> None:
     """(p V) Wo = p (V Wo): weights fp32 [R, H, T], to_output half [slots, H, T, d], slots contiguous; parts fp32
-    [1, R, d], zeros without a text."""
+    [1, R, d], zeros without a text. text_slot, text_length: int32 [R]. pdl: as for `norm_linear`."""
     rows, heads, positions = weights.shape
     width = to_output.shape[3]
     assert to_output[0].is_contiguous() and weights.is_contiguous() and parts.is_contiguous()

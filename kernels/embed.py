@@ -28,7 +28,7 @@ def embed(
         sequence: int64 [N, K, S]. request: int32 [R], a row's place in it. fed: int32 [R], the column it reads.
         length: int32 [R], the row's position; negative: the row takes no part.
         table: half [K * (V + 1), d]; codebook k begins at row k * (V + 1). positions: fp32 [C, d].
-        x: fp32 [R, d], written; zeros in rows without a length.
+        x: fp32 [R, d], written; zeros in rows without a length. pdl: as for `norm_linear`.
     """
     _, num_codebooks, columns = sequence.shape
     width = table.shape[1]
@@ -74,7 +74,7 @@ def embed_kernel(
 
 def advance(fed: Tensor, length: Tensor, request: Tensor, column: Tensor, step: Tensor, *, pdl: bool = False) -> None:
     """Count a step: fed and length int32 [R] of the rows that take part; column int32 [N] and step int64 [N] of the
-    requests int32 [Q] that drew; negative: none."""
+    places `request` int32 [Q] that drew; negative: none. pdl: as for `norm_linear`."""
     rows, requests = len(length), len(request)
     options = {"launch_pdl": True} if pdl else {}
     with torch.cuda.device_of(length):

@@ -59,6 +59,7 @@ def norm_linear(
         stats: scratch. fp32 [R, 2]; or half [R, d], into which the normed rows go. Better for many rows, which are
             then normed once instead of by every CTA, are half the bytes, and travel by cp.async. int8: its dtype is
             what the normed row is rounded to, otherwise that of `out`.
+        gelu: the exact GELU before the rounding to the dtype of `out`.
         pdl: programmatic dependent launch (sm_90 and newer), as of the kernel before and the one after.
     """
     rows, width = x.shape
@@ -87,9 +88,10 @@ def norm_linear(
 
 
 def linear_parts(a: Tensor, weight: Tensor, scales: Tensor | None, parts: Tensor, *, pdl: bool = False) -> None:
-    """a W^T as P sums over the P ranges of K: see `reference.linear_parts`; P is best `heuristics.parts`.
+    """a [R, K] times W^T as P sums over the P ranges of K: see `reference.linear_parts`; P is best `heuristics.parts`.
 
-    Everything is contiguous; K / P is a multiple of 16, or of the groups of int8 weights.
+    Everything is contiguous; K / P is a multiple of 16, or of the groups of int8 weights. scales, pdl: as for
+    `norm_linear`.
     """
     rows, k = a.shape
     count = parts.shape[0]

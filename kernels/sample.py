@@ -61,7 +61,7 @@ def sample_rows(
     min_p: Tensor | None, seed: Tensor | None, step: Tensor | None, stream: Tensor | None = None,
     noise: Tensor | None = None, column: Tensor, frames: Tensor, pdl: bool = False,
 ) -> None:  # fmt: skip
-    """`sample_column` for some requests of a board of N: their branches are rows of a batch, the rest lies by request.
+    """As `sample_column`, for some requests of a board of N: their branches are rows of a batch, the rest by request.
 
     Args:
         logits: [R, K, V], any strides but the last, which is 1. branches: int32 [Q, NB], the rows of q's branches in

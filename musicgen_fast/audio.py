@@ -44,7 +44,7 @@ _UNKNOWN_FRAMES = 2**62  # headers of streamed or torn flac files claim 2**63 - 
 
 @dataclass(frozen=True)
 class AudioFileInfo:
-    """Facts from the header of a file; duration in seconds."""
+    """Facts from the header of a file: `sample_rate` in Hz, `duration` in seconds, `channels`."""
 
     sample_rate: int
     duration: float
@@ -81,7 +81,6 @@ def _read_block(file: _Source, frames: int, done: int) -> np.ndarray:
 
 def audio_info(filepath: str | Path) -> AudioFileInfo:
     """Sample rate, duration and channels. Files without a length in the header are decoded to count it.
-
     FileNotFoundError, or ValueError for what is not audio. Source: audiocraft `audio_info`.
     """
     with _open(filepath) as file:
@@ -96,11 +95,10 @@ def audio_info(filepath: str | Path) -> AudioFileInfo:
 def audio_read(
     filepath: str | Path, seek_time: float = 0.0, duration: float = -1.0, pad: bool = False
 ) -> tuple[torch.Tensor, int]:
-    """Read (wav [C, T] float32, sample rate) from `seek_time` seconds on; `duration` <= 0 reads to the end.
+    """Read (wav [C, T] float32, rate in Hz) of `filepath` from `seek_time` seconds on; `duration` <= 0: to the end.
 
-    `pad` fills up with zeros to int(duration * rate) frames. Memory follows what is decoded, never what a header
-    claims, up to 2**29 samples. FileNotFoundError, or ValueError (not audio, damaged, too long, seek past the end).
-    Source: audiocraft `audio_read`.
+    `pad` adds zeros to int(duration * rate) frames. Memory follows what is decoded, not headers; 2**29 samples at most.
+    FileNotFoundError, or ValueError (not audio, damaged, too long, seek past the end). As audiocraft `audio_read`.
     """
     if seek_time < 0:
         raise ValueError(f"seek_time must not be negative, got {seek_time}")
@@ -184,19 +182,20 @@ def audio_write(
     metadata: Mapping[str, str] | None = None,
     sidecar: Mapping[str, Any] | None = None,
 ) -> Path:
-    """Write wav [C, T] or [T] (float, any device) to `<stem_name>.<format>` and return the path.
+    """Write wav [C, T] or [T] (float, any device, `sample_rate` Hz) to `<stem_name>.<format>` and return the path.
 
     Args beyond audiocraft's `audio_write`, whose names, order and numbers these are:
         metadata: tags; any of `audio_encode.TAGS`, such as title, comment and software.
         sidecar: what to write as JSON to `<stem_name>.json` beside the sound, after it: the JSON marks a finished pair.
 
-    wav and flac hold 16 bits, rounded to nearest. `mp3_rate` is a constant bit rate and `ogg_rate` the nominal rate of
-    Vorbis (None: its default quality), in kbit/s, each the nearest that the codec has at this sample rate. Wav files
-    over 4 GB become RF64. For levels see `normalize_audio`. wav is not modified.
+    wav and flac hold 16 bits, rounded to nearest. In kbit/s, `mp3_rate` is a constant bit rate and `ogg_rate` the
+    nominal one of Vorbis (None: its default quality), each the nearest that the codec has at this sample rate. Wav
+    files over 4 GB become RF64. For levels (`normalize`, `strategy`, ...) see `normalize_audio`; wav itself stays as
+    it is. Without `add_suffix` the file is `stem_name`; `make_parent_dir` makes its folder.
 
-    The files are written under temporary names and moved into place: after an error, an interrupt or a crash the old
-    ones are as they were. ValueError and TypeError (unknown format or strategy, NaN or Inf, shapes, integers) come
-    before anything is written; an OSError says which file and why.
+    Files are written under temporary names and moved into place: after an error, an interrupt or a crash the old ones
+    are as they were. ValueError and TypeError (unknown format or strategy, NaN or Inf, shapes, integers) come before
+    anything is written; an OSError says which file and why.
     """
     wave = _as_wave(wav)
     sample_rate = int(sample_rate)
@@ -260,10 +259,11 @@ def _resample(wav: torch.Tensor, from_rate: int, to_rate: int) -> torch.Tensor:
 
 
 def convert_audio(wav: torch.Tensor, from_rate: float, to_rate: float, to_channels: int) -> torch.Tensor:
-    """wav [..., C, T] (float) at another sample rate, then with `to_channels` channels, on the same device.
+    """wav [..., C, T] (float) from `from_rate` to `to_rate` Hz, then with `to_channels` channels, on the same device.
 
     T becomes floor(T * to_rate / from_rate). Sample for sample audiocraft's `convert_audio`: the filter is julius'
-    sinc, because another one (soxr) changes the style tokens of one frame in twenty, and so the music.
+    sinc, because another one (soxr) changes the style tokens of one frame in twenty, and so the music. TypeError for
+    integers; ValueError for rates below 1 Hz or almost without a common factor, and for more channels than C, if C > 1.
     """
     source, target = int(from_rate), int(to_rate)
     if source < 1 or target < 1:
@@ -274,7 +274,7 @@ def convert_audio(wav: torch.Tensor, from_rate: float, to_rate: float, to_channe
 
 
 def f32_pcm(wav: torch.Tensor) -> torch.Tensor:
-    """int16 / 2**15 or int32 / 2**31 as float32; floats come back as they are. Source: audiocraft `f32_pcm`."""
+    """int16 / 2**15 or int32 / 2**31 of any shape as float32; floats stay; else ValueError. As audiocraft `f32_pcm`."""
     if wav.dtype.is_floating_point:
         return wav
     bits = {torch.int16: 15, torch.int32: 31}.get(wav.dtype)
@@ -284,7 +284,7 @@ def f32_pcm(wav: torch.Tensor) -> torch.Tensor:
 
 
 def i16_pcm(wav: torch.Tensor) -> torch.Tensor:
-    """Float within +-1 to int16; scaled by 2**15, or by 2**15 - 1 where that would overflow. int16 is returned as is.
+    """Float within +-1, any shape, to int16; times 2**15, or 2**15 - 1 where that would overflow. int16 stays as it is.
 
     ValueError for larger samples and other integers. Source: audiocraft `i16_pcm`.
     """

@@ -12,7 +12,9 @@ from .loading import load_parts
 
 
 class AudioGen(GenerationModel):
-    """audiocraft's `AudioGen`, call for call; see `GenerationModel` for the shared methods and attributes."""
+    """audiocraft's `AudioGen` (Kreuk et al. 2022), call for call; the rest of its methods: `GenerationModel`.
+    Rates in Hz, durations in seconds, sound [B, channels, samples], tokens [B, K, T].
+    """
 
     @staticmethod
     def get_pretrained(
@@ -27,7 +29,11 @@ class AudioGen(GenerationModel):
         adapter: str | Path | None = None,
         adapter_scale: float = 1.0,
     ) -> AudioGen:
-        """Load a model; the arguments are those of `MusicGen.get_pretrained`."""
+        """Load a model; the arguments are those of `MusicGen.get_pretrained`, and so are its errors.
+
+        Raises:
+            ValueError: a melody or style model.
+        """
         parts = load_parts(
             name, device, text_encoder, precision, revision, cache_dir, None, base, adapter, adapter_scale
         )

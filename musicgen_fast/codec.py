@@ -20,10 +20,12 @@ _SEARCH_FRAMES = 4096  # distances to 2048 codes are 8 KiB a frame
 
 
 class EnCodec(nn.Module):
-    """A mono or stereo EnCodec: SEANet around residual vector quantisation (audiocraft `EncodecModel`).
+    """A mono or stereo EnCodec: SEANet around residual vector quantisation (audiocraft `EncodecModel`;
+    Défossez et al. 2022).
 
     Build it (cheaply on the meta device) and load canonical weights with `load_state_dict(weights, assign=True)`, then
     move it with `.to(device)`. Inference only: no gradients. Parameters: the keys listed in `codec_weights.py`.
+    ValueError for a `pad_mode` in the configuration that is neither 'reflect' nor 'constant'.
     """
 
     def __init__(self, config: CodecConfig) -> None:
@@ -41,6 +43,7 @@ class EnCodec(nn.Module):
 
     @property
     def sample_rate(self) -> int:
+        """Samples a second (Hz)."""
         return self.config.sample_rate
 
     @property
@@ -50,6 +53,7 @@ class EnCodec(nn.Module):
 
     @property
     def channels(self) -> int:
+        """Channels of the waveforms."""
         return self.config.channels
 
     @property
@@ -59,6 +63,7 @@ class EnCodec(nn.Module):
 
     @property
     def total_codebooks(self) -> int:
+        """Codebooks that there are; `decode` takes any number up to it."""
         return self.config.num_codebooks
 
     @property
@@ -81,6 +86,9 @@ class EnCodec(nn.Module):
 
         Returns:
             codes [B, K, ceil(n / hop)] with K = `num_codebooks`, and None where audiocraft returns a volume.
+
+        Raises:
+            ValueError: another shape or dtype.
         """
         if wav.dim() != 3 or wav.shape[1] != self.channels or 0 in wav.shape or not wav.is_floating_point():
             raise ValueError(
@@ -97,6 +105,9 @@ class EnCodec(nn.Module):
         Args:
             codes: integers [B, K, T], 1 <= K <= `total_codebooks`, 0 <= code < `cardinality`.
             scale: what `encode` returned beside the codes: None.
+
+        Raises:
+            ValueError: another shape or dtype, codes out of range, a scale.
         """
         if scale is not None:
             raise ValueError("scale must be None: codecs that renormalise the volume are not supported")
@@ -104,7 +115,7 @@ class EnCodec(nn.Module):
 
     @torch.no_grad()
     def decode_latent(self, codes: Tensor) -> Tensor:
-        """Sum of the codebook entries: codes [B, K, T] -> float [B, dimension, T]."""
+        """Sum of the codebook entries: codes [B, K, T] -> float [B, dimension, T]; ValueError as for `decode`."""
         return self._embed(self._checked(codes)).transpose(1, 2)
 
     def _checked(self, codes: Tensor) -> Tensor:
@@ -149,7 +160,8 @@ class EnCodec(nn.Module):
 
 class InterleaveStereo(nn.Module):
     """A mono codec for stereo sound, codebooks in the order L0, R0, L1, R1, ... (audiocraft
-    `InterleaveStereoCompressionModel`). Both channels run as one batch: weights are read once."""
+    `InterleaveStereoCompressionModel`). Both channels run as one batch: weights are read once.
+    ValueError for a codec that is stereo itself."""
 
     def __init__(self, model: EnCodec) -> None:
         super().__init__()
@@ -164,14 +176,17 @@ class InterleaveStereo(nn.Module):
 
     @property
     def sample_rate(self) -> int:
+        """Samples a second (Hz)."""
         return self.model.sample_rate
 
     @property
     def frame_rate(self) -> float:
+        """Frames a second, of both channels at once."""
         return self.model.frame_rate
 
     @property
     def channels(self) -> int:
+        """Always 2."""
         return 2
 
     @property
@@ -186,6 +201,7 @@ class InterleaveStereo(nn.Module):
 
     @property
     def cardinality(self) -> int:
+        """Codes in a codebook; valid codes are below it."""
         return self.model.cardinality
 
     def set_num_codebooks(self, n: int) -> None:
@@ -193,23 +209,23 @@ class InterleaveStereo(nn.Module):
         self.model.set_num_codebooks(n)
 
     def encode(self, wav: Tensor) -> tuple[Tensor, None]:
-        """wav [B, 2, n] -> (codes [B, 2 K, ceil(n / hop)], None)."""
+        """wav [B, 2, n] -> (codes [B, 2 K, ceil(n / hop)], None); ValueError for what is not stereo."""
         if wav.dim() != 3 or wav.shape[1] != 2:
             raise ValueError(f"wav must be stereo, [B, 2, n], got {list(wav.shape)}")
         codes, scale = self.model.encode(wav.reshape(-1, 1, wav.shape[-1]))
         return codes.unflatten(0, (-1, 2)).transpose(1, 2).flatten(1, 2), scale
 
     def decode(self, codes: Tensor, scale: None = None) -> Tensor:
-        """codes [B, 2 K, T] -> wav [B, 2, T hop]."""
+        """codes [B, 2 K, T] -> wav [B, 2, T hop]; `scale` must be None. ValueError as for the mono codec."""
         sides = torch.stack(self.get_left_right_codes(codes), dim=1)
         return self.model.decode(sides.flatten(0, 1), scale).view(codes.shape[0], 2, -1)
 
     def decode_latent(self, codes: Tensor) -> Tensor:
-        """Two channels have no common latent: raises, as in audiocraft."""
+        """Two channels have no common latent: RuntimeError for codes of any shape, as in audiocraft."""
         raise RuntimeError("decode_latent of a stereo codec: take get_left_right_codes, then the mono codec")
 
     def get_left_right_codes(self, codes: Tensor) -> tuple[Tensor, Tensor]:
-        """codes [B, 2 K, T] -> left and right, each [B, K, T]."""
+        """codes [B, 2 K, T] -> left and right, each [B, K, T]; ValueError for an odd number of codebooks."""
         if codes.dim() != 3 or codes.shape[1] % 2 or codes.shape[1] == 0:
             raise ValueError(f"stereo codes must be [B, 2 K, T], left and right in turn, got {list(codes.shape)}")
         return codes[:, 0::2], codes[:, 1::2]

@@ -24,7 +24,11 @@ __all__ = [
 
 @dataclass(frozen=True, slots=True)
 class PatternConfig:
-    """How K codebooks are interleaved over the steps of the sequence; see `pattern.py` for each kind."""
+    """How K codebooks are interleaved over the steps of the sequence; see `pattern.py` for each kind.
+
+    `flatten_first`: so many first frames are emitted one codebook a step; `empty_initial`: more empty steps before
+    them.
+    """
 
     kind: str = "delay"  # delay | parallel | unroll | musiclm | coarse_first
     delays: tuple[int, ...] = ()  # empty: 0..K-1 for delay, zeros elsewhere
@@ -44,7 +48,10 @@ class TextConfig:
 
 @dataclass(frozen=True, slots=True)
 class MelodyConfig:
-    """Chromagram conditioning of the melody checkpoints (audiocraft `ChromaStemConditioner`)."""
+    """Chromagram conditioning of the melody checkpoints (audiocraft `ChromaStemConditioner`).
+
+    `sample_rate` in Hz; `n_chroma` pitch classes; `duration`: seconds that the prefix covers; `argmax`: one-hot frames.
+    """
 
     sample_rate: int = 32000
     n_chroma: int = 12
@@ -60,7 +67,16 @@ class MelodyConfig:
 
 @dataclass(frozen=True, slots=True)
 class StyleConfig:
-    """Style conditioning of musicgen-style (audiocraft `StyleConditioner`): MERT, transformer, RVQ, every 15th."""
+    """Style conditioning of musicgen-style (audiocraft `StyleConditioner`): MERT, transformer, RVQ, every 15th.
+
+    Attributes:
+        sample_rate: Hz, of the waveform as it is given.
+        feature_name, feature_dim: hub id of MERT and its width; feature_rate in Hz and feature_hop in samples are its.
+        dim, num_heads, num_layers, ffn_dim: of the transformer over its frames.
+        batch_norm: normalise before the quantiser of num_codebooks books with codebook_size entries each.
+        ds_factor, eval_q, excerpt_length: frames for each token, codebooks used, seconds of the excerpt.
+        use_middle: cut the excerpt from the middle instead of drawing where it starts.
+    """
 
     sample_rate: int = 32000
     feature_name: str = "m-a-p/MERT-v1-95M"
@@ -82,7 +98,18 @@ class StyleConfig:
 
 @dataclass(frozen=True, slots=True)
 class CodecConfig:
-    """An EnCodec (SEANet + RVQ). Defaults: the 32 kHz codec of MusicGen, 50 frames a second."""
+    """An EnCodec (SEANet + RVQ; Défossez et al. 2022). Defaults: the 32 kHz codec of MusicGen, 50 frames a second.
+
+    Attributes:
+        sample_rate, channels: Hz and channels of the waveform.
+        num_filters: channels of the outermost convolutions, doubled at every stage. dimension: width of the latents.
+        kernel_size, last_kernel_size, residual_kernel_size: widths of the first, last and residual convolutions.
+        num_residual_layers, dilation_base, compress: residual blocks a stage; block j is dilated by dilation_base**j,
+            and its hidden width is that of the stage over compress.
+        lstm_layers: between the convolutions and the latents; 0 for none.
+        trim_right_ratio: kept for the files; it tells of causal codecs only, which are not read.
+        num_codebooks, codebook_size: K and the entries of each.
+    """
 
     sample_rate: int = 32000
     channels: int = 1
@@ -103,10 +130,12 @@ class CodecConfig:
 
     @property
     def hop_length(self) -> int:
+        """Samples a frame."""
         return math.prod(self.ratios)
 
     @property
     def frame_rate(self) -> float:
+        """Frames a second."""
         return self.sample_rate / self.hop_length
 
 
@@ -116,6 +145,15 @@ class ModelConfig:
 
     `conditioning` is 'cross' (text through cross-attention) or 'prefix' (chroma or style, then text, prepended to
     the sequence). `audio_channels` 2 means that the K codebooks interleave left and right.
+
+    Attributes:
+        dim, num_layers, num_heads, ffn_dim: d, L, H and the width of the feed-forward layers.
+        num_codebooks, vocab_size, pattern: K, V, and how the codebooks are interleaved.
+        text, melody, style: the conditioners; None for those that the model lacks.
+        max_duration: seconds of one window. cfg_coef, two_step_cfg: the checkpoint's guidance.
+
+    Raises:
+        ValueError: fields that contradict each other.
     """
 
     dim: int
@@ -150,6 +188,7 @@ class ModelConfig:
 
     @property
     def head_dim(self) -> int:
+        """Width of one head."""
         return self.dim // self.num_heads
 
     @property
@@ -166,7 +205,13 @@ class GenerationParams:
     """audiocraft's generation parameters, its names and defaults (`MusicGen.set_generation_params`).
 
     Negative `top_k` and `top_p` mean off and a `temperature` <= 0 means greedy, as in audiocraft; NaN and infinities
-    raise. `extend_stride` None means min(18, 0.6 x max_duration).
+    raise. `extend_stride` None means min(18, 0.6 x max_duration). `duration` and `extend_stride` are seconds; for
+    `use_sampling`, `cfg_coef`, `cfg_coef_beta` and `two_step_cfg` see `MusicGen.set_generation_params`.
+
+    Raises:
+        TypeError: a value that is no number.
+        ValueError: NaN, infinities, a top_k that is not whole, top_p above 1, a duration that is not above 0 or is
+            longer than three hours.
     """
 
     use_sampling: bool = True
@@ -196,7 +241,7 @@ class GenerationParams:
             raise ValueError(f"duration must be above 0 and at most {MAX_DURATION} seconds, got {self.duration}")
 
     def stride(self, max_duration: float) -> float:
-        """Seconds between the starts of two windows of `max_duration`; ValueError where they would not overlap."""
+        """Seconds between the starts of two windows of `max_duration` seconds; ValueError where none would overlap."""
         if self.extend_stride is None:
             return min(18.0, 0.6 * max_duration)
         if not 0 < self.extend_stride < max_duration:
@@ -207,6 +252,7 @@ class GenerationParams:
         return float(self.extend_stride)
 
     def with_(self, **changes) -> GenerationParams:
+        """A copy with other values in the fields that `changes` names, checked like new ones."""
         return replace(self, **changes)
 
 
@@ -216,7 +262,10 @@ _STEREO_DELAYS = (0, 0, 1, 1, 2, 2, 3, 3)
 
 
 def named_config(name: str) -> ModelConfig:
-    """The configuration of a released size: 'small', 'medium', 'large', also with '-stereo' and/or '-melody'."""
+    """The configuration of a released size: 'small', 'medium', 'large', also with '-stereo' and/or '-melody'.
+
+    ValueError for other names.
+    """
     size, *options = name.split("-")
     if size not in _SIZES or set(options) - {"stereo", "melody"} or len(set(options)) != len(options):
         raise ValueError(f"unknown size {name!r}: expected small, medium or large, with -stereo and/or -melody behind")

@@ -109,7 +109,10 @@ class _Kept(Sampler):
 
 @torch.no_grad()
 def logits_error(decoder: Decoder, transformer: Transformer, frames: int = 8) -> float:
-    """Relative error of a decoder's logits against `Transformer.forward`, over the columns of one request with CFG."""
+    """Relative error of a decoder's logits against `transformer.forward`, over the columns of one request with CFG.
+
+    `frames` random ones, the same every time; the norm of the difference over that of the reference.
+    """
     config, device = decoder.config, transformer.device
     generator = torch.Generator().manual_seed(0)
     codes = torch.randint(0, config.vocab_size, (1, config.num_codebooks, frames), generator=generator).to(device)

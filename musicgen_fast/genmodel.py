@@ -63,7 +63,7 @@ class GenerationModel(Settings):
     def generate_unconditional(
         self, num_samples: int, progress: bool = False, return_tokens: bool = False, *, seed: Seed = None
     ) -> Any:
-        """`num_samples` pieces without any condition; see `generate`."""
+        """`num_samples` pieces without any condition: TypeError, ValueError for no such number. Else see `generate`."""
         if isinstance(num_samples, bool) or not isinstance(num_samples, int):
             raise TypeError(f"num_samples must be an int, got {type(num_samples).__name__}")
         if num_samples < 1:
@@ -87,7 +87,7 @@ class GenerationModel(Settings):
             prompt: [B, C, n] or [C, n] waveform, any rate and channels.
             prompt_sample_rate: its rate in Hz.
             descriptions: one per recording, or None.
-            seed, negative_prompt: see `generate`.
+            progress, return_tokens, seed, negative_prompt: see `generate`, and there for what is returned.
 
         Raises:
             ValueError: NaN, no samples, a wrong shape, or a prompt that leaves nothing to generate.
@@ -123,7 +123,7 @@ class GenerationModel(Settings):
             duration: seconds, a prompt included; None: without end, in constant memory.
             chunk_seconds: of the largest chunks. The first one comes after eight steps, each is twice the last.
             seed, negative_prompt: see `generate`.
-            prompt, prompt_sample_rate: recordings to continue, see `generate_continuation`; they come first.
+            prompt, prompt_sample_rate: recordings to continue and their Hz, as in `generate_continuation`; they lead.
             cfg_coef, temperature: functions of the seconds from the start, asked at every step.
             fade_out: seconds of a linear fade at the end.
             sections: [(seconds, description), ...] in the place of descriptions; `Section` also sets guidance and
@@ -144,7 +144,7 @@ class GenerationModel(Settings):
         self, saved: dict[str, Any], *, cfg_coef: Schedule | None = None, temperature: Schedule | None = None
     ) -> Stream:
         """Go on where `Stream.save` was called, with the same weights: the tokens are those of the stream that never
-        stopped. Functions cannot be saved: pass the same again.
+        stopped. Functions cannot be saved: pass the same `cfg_coef` and `temperature` again.
 
         Raises:
             ValueError: not a saved stream, or one of another model.

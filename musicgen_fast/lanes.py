@@ -25,14 +25,21 @@ Guidance = Callable[[int], tuple[float, float]]  # frame -> (cfg_coef, temperatu
 
 
 class Decoder(Protocol):
-    """What the engine needs of `decoders/`."""
+    """What the engine needs of `decoders/`; `config` is that of the model whose weights it holds."""
 
     config: ModelConfig
 
-    def allocate(self, rows: int, capacity: int) -> Cache: ...
-    def condition(self, state: State) -> None: ...
-    def prefill(self, state: State, draw: bool = True) -> None: ...
-    def step(self, *states: State) -> None: ...
+    def allocate(self, rows: int, capacity: int) -> Cache:
+        """A cache for `rows` rows of up to `capacity` positions, reusable for any window that fits."""
+
+    def condition(self, state: State) -> None:
+        """Project the texts of `state.conditions` for cross-attention into `state.texts`; once per conditions."""
+
+    def prefill(self, state: State, draw: bool = True) -> None:
+        """Prefix and known columns of `state`'s window in one pass; then, with `draw`, the first that is drawn."""
+
+    def step(self, *states: State) -> None:
+        """One column of each of the `states`, the lanes of one or many batches, in one pass."""
 
 
 class Lane:

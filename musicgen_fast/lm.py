@@ -28,8 +28,9 @@ Seed = int | Sequence[int] | None  # none, one for the whole batch, or one for e
 
 
 class LMModel:
-    """A conditioned language model over codec tokens.
+    """A conditioned language model over codec tokens (audiocraft `LMModel`; Copet et al. 2023).
 
+    `cfg` is the configuration that the checkpoint came with, or None, kept for scripts.
     Attributes (audiocraft's names): `cfg_coef`, `two_step_cfg`, `special_token_id`, `num_codebooks`, `n_q`, `card`,
     `dim`, `condition_provider`; plus `config`, `transformer`, `conditioner`, `decoder`, and `compat`, see
     `conditioning`.
@@ -53,6 +54,7 @@ class LMModel:
 
     @property
     def compat(self) -> str:
+        """'isolated' or 'audiocraft', see `conditioning`; setting anything else is a ValueError."""
         return self._compat
 
     @compat.setter
@@ -63,26 +65,32 @@ class LMModel:
 
     @property
     def special_token_id(self) -> int:
+        """Of cells without a frame; one above the last code."""
         return self.config.special_token
 
     @property
     def num_codebooks(self) -> int:
+        """K."""
         return self.config.num_codebooks
 
     @property
     def n_q(self) -> int:
+        """K, by audiocraft's other name."""
         return self.config.num_codebooks
 
     @property
     def card(self) -> int:
+        """V, the codes of a codebook."""
         return self.config.vocab_size
 
     @property
     def dim(self) -> int:
+        """d, the width of the transformer."""
         return self.config.dim
 
     @property
     def device(self) -> torch.device:
+        """Where the weights are."""
         return self.transformer.device
 
     def parameters(self) -> Iterator[torch.nn.Parameter]:
@@ -115,6 +123,9 @@ class LMModel:
             prompt: int64 [B, K, P] tokens to continue, P < max_gen_len.
             conditions: one `ConditioningAttributes` per request, or finished `Conditions`. None at all generates
                 unconditionally, without guidance.
+            num_samples: B where neither prompt nor conditions tell it.
+            max_gen_len: frames, the prompt's included; remove_prompts: return those behind it only.
+            use_sampling, temp, top_k, top_p, cfg_coef_beta: as for `MusicGen.set_generation_params`.
             cfg_coef, two_step_cfg: None takes the checkpoint's.
             check: kept for compatibility; the sequence is always consistent.
             callback: called with (steps done, steps in all).
@@ -148,9 +159,10 @@ class LMModel:
         seeds: list[int] | None = None,
         first_frame: int = 0,
     ) -> Conditions:
-        """Conditions of the window that begins at `first_frame`: the branches that these parameters need, encoded.
+        """Conditions of the window that begins at `first_frame`: the branches that `params` need, encoded.
 
-        What a conditioner draws (style excerpt, demucs shift) comes from the seeds too, anew for every window.
+        One of `attributes` a request. What a conditioner draws (style excerpt, demucs shift) comes from the `seeds`
+        too, anew for every window.
         """
         unconditional = not any(a.text.get("description") or a.wav for a in attributes)
         guidance = "cfg"
@@ -173,7 +185,11 @@ class LMModel:
         seeds: list[int] | None,
         callback: Callable[[int, int], None] | None = None,
     ) -> Tensor:
-        """Tokens [B, K, T] over any number of windows; see `engine.generate`."""
+        """Tokens [B, K, T] over any number of windows; see `engine.generate`.
+
+        `prompt` int64 [B, K, P]; `conditions_of` gives the conditions of a window; `params` and `seeds` are those of
+        `sampler`; `callback` is called with (steps done, steps in all).
+        """
         sampler = self.sampler(params, len(prompt), seeds)
         return engine.generate(self.decoder, windows, prompt, conditions_of, sampler, callback)
 
@@ -190,7 +206,11 @@ class LMModel:
         changes: Sequence[engine.Change] = (),
         saved: dict[str, Any] | None = None,
     ) -> engine.Generation:
-        """The same tokens as `run`, step by step and over any plan, endless ones included; see `engine.Generation`."""
+        """The same tokens as `run`, step by step and over any `plan`, endless ones included; see `engine.Generation`.
+
+        `prompt` int64 [B, K, P], `conditions_of`, `params`, `seeds` as there; `shadow`, `guidance`, `changes` and
+        `saved` go to `engine.Generation`.
+        """
         sampler = self.sampler(params, len(prompt), seeds)
         return engine.Generation(
             self.decoder,
@@ -205,7 +225,10 @@ class LMModel:
         )
 
     def sampler(self, params: GenerationParams, batch: int, seeds: list[int] | None) -> Sampler:
-        """audiocraft's precedence: greedy without sampling or at temperature <= 0; top_p switches top_k off."""
+        """How `batch` requests draw with these `params`; `seeds` None draws from torch's global generator.
+
+        audiocraft's precedence: greedy without sampling or at temperature <= 0; top_p switches top_k off.
+        """
         greedy = not params.use_sampling or params.temperature <= 0
         tensors = SamplingParams.build(
             batch,

@@ -35,7 +35,8 @@ def k_weighting(sample_rate: int) -> tuple[Biquad, Biquad]:
     """The two biquads (b, a) of K-weighting: high shelf (+4 dB, 1500 Hz, Q 1/sqrt 2), then high-pass (38 Hz, Q 1/2).
 
     These are the numbers of `torchaudio.transforms.Loudness`, which audiocraft uses. The curve lies 0.04 dB below the
-    coefficients that BS.1770 tabulates for 48 kHz, well inside the 0.1 LU that meters are allowed.
+    coefficients that BS.1770 tabulates for 48 kHz, well inside the 0.1 LU that meters are allowed. ValueError for a
+    `sample_rate` below 4000 Hz.
     """
     if sample_rate < _MIN_RATE:
         raise ValueError(f"loudness needs a sample rate of at least {_MIN_RATE} Hz, got {sample_rate}")
@@ -92,6 +93,8 @@ def _block_energies(wav: torch.Tensor, sample_rate: int) -> Iterator[torch.Tenso
 def loudness(wav: torch.Tensor, sample_rate: int) -> float:
     """Integrated loudness of wav [C, T] or [T] in LUFS (BS.1770-4, gates at -70 LUFS and -10 LU), C at most 5.
 
+    `sample_rate` in Hz, at least 4000; ValueError below, and for other shapes.
+
     -inf where everything is below the absolute gate. Equals `torchaudio.transforms.Loudness` except that torchaudio
     clips the filtered signal to +-1, which reads 0.4 dB low for noise driven into clipping and 0.001 dB at -14 LUFS,
     and fails below 400 ms.
@@ -121,8 +124,9 @@ def normalize_loudness(
 ) -> torch.Tensor:
     """Scale wav [C, T] to -`loudness_headroom_db` LUFS, then bend peaks with tanh if `loudness_compressor`.
 
-    Sound with an RMS below `energy_floor` comes back as it is, as does sound that BS.1770 gates away entirely (deep
-    rumble). The result may exceed +-1; `normalize_audio` clips it. Source: audiocraft `normalize_loudness`.
+    `sample_rate` in Hz. Sound with an RMS below `energy_floor` comes back as it is, as does sound that BS.1770 gates
+    away entirely (deep rumble). The result may exceed +-1; `normalize_audio` clips it. Source: audiocraft
+    `normalize_loudness`.
     """
     if wav.numel() == 0 or wav.square().mean().sqrt().item() < energy_floor:
         return wav
@@ -169,11 +173,13 @@ def normalize_audio(
     * peak: largest sample at -`peak_clip_headroom_db` dBFS.
     * clip: clamp to that level.
     * rms: RMS of the mono mix at -`rms_headroom_db` dBFS, then clamp to +-1.
-    * loudness: see `normalize_loudness` (needs `sample_rate`), then clamp to +-1.
+    * loudness: to -`loudness_headroom_db` LUFS, peaks bent with tanh if `loudness_compressor`, see
+      `normalize_loudness` (needs `sample_rate`, Hz), then clamp to +-1.
     * none (or ''): untouched; ValueError if a sample reaches +-1.
 
-    `normalize=False` lets peak and rms only make sound quieter; clip and loudness ignore it. Numbers and semantics are
-    those of audiocraft `normalize_audio`, but silence stays silence instead of turning into NaN.
+    `normalize=False` lets peak and rms only make sound quieter; clip and loudness ignore it. `log_clipping` warns where
+    rms and loudness clamp, calling the sound `stem_name`. ValueError for an unknown strategy too. Numbers and semantics
+    are those of audiocraft `normalize_audio`, but silence stays silence instead of turning into NaN.
     """
     if strategy not in (*STRATEGIES, ""):
         raise ValueError(f"unknown strategy {strategy!r}; choose one of {', '.join(STRATEGIES)}")

@@ -33,7 +33,9 @@ Melody = Tensor | Sequence[Tensor | None]
 
 
 class MusicGen(GenerationModel):
-    """audiocraft's `MusicGen`, call for call; see `GenerationModel` for the shared methods and attributes."""
+    """audiocraft's `MusicGen` (Copet et al. 2023), call for call; the rest of its methods: `GenerationModel`.
+    Rates in Hz, durations in seconds, sound [B, channels, samples], tokens [B, K, T].
+    """
 
     @staticmethod
     def get_pretrained(
@@ -126,7 +128,13 @@ class MusicGen(GenerationModel):
         ds_factor: int | None = None,
         encodec_n_q: int | None = None,
     ) -> None:
-        """Parameters of the style conditioner: codebooks used (1 to 6), seconds of the excerpt, downsampling.
+        """Parameters of the style conditioner (audiocraft `MusicGen.set_style_conditioner_params`).
+
+        Args:
+            eval_q: codebooks of its quantiser that are used, 1 to 6; fewer keep less of the excerpt.
+            excerpt_length: seconds of the excerpt.
+            ds_factor: every how many frames of MERT one becomes a token; None leaves it.
+            encodec_n_q: kept, but without effect.
 
         Raises:
             ValueError: this is not a style model, or a value out of range.
@@ -151,6 +159,7 @@ class MusicGen(GenerationModel):
 
         Args:
             descriptions: B texts or None.
+            progress, return_tokens: see `generate`, and there for what is returned.
             melody_wavs: [B, C, n], [C, n] or a list of B [C, n] waveforms; None in the list means none for this one.
             melody_sample_rate: Hz, of all of them.
             separate: melody models follow the vocals and other instruments that demucs separates; False follows the mix
@@ -160,6 +169,7 @@ class MusicGen(GenerationModel):
 
         Raises:
             RuntimeError: the model takes text only.
+            TypeError, ValueError: texts or waveforms that cannot be used, or not as many of one as of the other.
             ImportError: demucs is needed and missing.
         """
         texts = checked_texts(descriptions)
@@ -189,7 +199,14 @@ class MusicGen(GenerationModel):
         melody_sample_rate: int | None = None,
         separate: bool = True,
     ) -> Stream:
-        """Music while it is made: `GenerationModel.stream`, with a melody or style as in `generate_with_chroma`."""
+        """Music while it is made: as in `GenerationModel.stream`, with a melody or a style.
+
+        Args:
+            melody_wavs, melody_sample_rate, separate: see `generate_with_chroma`; [B, C, n] or a list, Hz.
+
+        Raises:
+            RuntimeError: a melody for a model that takes text only.
+        """
         told, parts = self._stream_texts(descriptions, prompt, sections, duration, crossfade)
         attributes, tokens = self._stream_inputs(
             told, duration, prompt, prompt_sample_rate, negative_prompt, cfg_coef is not None

@@ -39,13 +39,16 @@ class Pattern:
         return len(self.table)
 
     def first_step(self, frame: int) -> int:
-        """The first step that holds `frame` for any codebook: where generation after a prompt that long starts."""
+        """The first step that holds `frame` for any codebook: where generation after a prompt that long starts.
+
+        ValueError for a frame outside of 0..T-1.
+        """
         if not 0 <= frame < self.num_frames:
             raise ValueError(f"frame {frame} is outside of the {self.num_frames} frames of this pattern")
         return int(np.flatnonzero((self.table == frame).any(axis=1))[0])
 
     def build(self, codes: Tensor, special_token: int) -> Tensor:
-        """Codes [B, K, T] (`UNKNOWN` where not generated yet) -> sequence [B, K, S], special tokens in the gaps."""
+        """codes [B, K, T] (`UNKNOWN` where not generated yet) -> sequence [B, K, S], `special_token` in the gaps."""
         batch, num_codebooks, num_frames = codes.shape
         assert num_frames == self.num_frames and num_codebooks == self.table.shape[1]
         frames = torch.from_numpy(self.table.T.astype(np.int64)).to(codes.device)  # [K, S]
@@ -67,7 +70,7 @@ class Pattern:
 
 @lru_cache(maxsize=128)
 def build_pattern(config: PatternConfig, num_codebooks: int, num_frames: int) -> Pattern:
-    """The pattern of `config` for K codebooks and T frames.
+    """The pattern of `config` for K = `num_codebooks` and T = `num_frames`.
 
     Raises:
         ValueError: an unknown kind, or options that do not fit K.
@@ -81,7 +84,10 @@ def build_pattern(config: PatternConfig, num_codebooks: int, num_frames: int) ->
 
 
 def columns_per_frame(config: PatternConfig, num_codebooks: int) -> int:
-    """Steps that a frame takes, used to number the columns of a generation over its windows (spec/sampling `step`)."""
+    """Steps that a frame of `num_codebooks` tokens takes in the pattern of `config`.
+
+    They number the columns of a generation over its windows (spec/sampling `step`).
+    """
     if config.kind == "unroll":
         return max(config.flattening, default=num_codebooks - 1) + 1
     return {"musiclm": num_codebooks, "coarse_first": 2}.get(config.kind, 1)

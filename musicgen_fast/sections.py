@@ -18,7 +18,12 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Section:
-    """From `start` seconds on the music follows `description`; None keeps the model's cfg_coef and temperature."""
+    """From `start` seconds on the music follows `description`; None keeps the model's cfg_coef and temperature.
+
+    Raises:
+        TypeError: a time or value that is no number, a description that is no text.
+        ValueError: what is not finite, an empty description.
+    """
 
     start: float
     description: str
@@ -44,7 +49,7 @@ Sections = Sequence[Section | tuple[float, str]]
 
 
 def checked_sections(given: Sections, duration: float | None, crossfade: float) -> list[Section]:
-    """The sections in order.
+    """The sections that were `given`, in order; `duration` and `crossfade` in seconds.
 
     Raises:
         TypeError: something that is neither a `Section` nor (seconds, description).

@@ -22,7 +22,8 @@ class Settings:
     """A language model over codec tokens, the codec that turns them into sound, and how to generate with them.
 
     Attributes (audiocraft's): `name`, `lm`, `compression_model`, `cfg`, `max_duration`, `duration`, `extend_stride`,
-    `generation_params` (a dict), `device`; properties `frame_rate`, `sample_rate`, `audio_channels`.
+    `generation_params` (a dict), `device`; properties `frame_rate`, `sample_rate`, `audio_channels`. Durations and
+    strides are seconds. `max_duration` None takes the checkpoint's; ValueError unless it is above 0.
     """
 
     def __init__(
@@ -50,14 +51,17 @@ class Settings:
 
     @property
     def sample_rate(self) -> int:
+        """Samples a second (Hz) of the sound that is made."""
         return self.compression_model.sample_rate
 
     @property
     def audio_channels(self) -> int:
+        """Channels of the sound that is made: 1, or 2 for stereo models."""
         return self.compression_model.channels
 
     @property
     def device(self) -> torch.device:
+        """Where the weights are and where tokens and sound come out."""
         return self.lm.device
 
     @property
@@ -88,7 +92,10 @@ class Settings:
         }
 
     def params(self) -> GenerationParams:
-        """The parameters of the next generation, read from the attributes that scripts set, and checked."""
+        """The parameters of the next generation, read from the attributes that scripts set, and checked.
+
+        TypeError, ValueError: an unknown name in `generation_params`, or what `GenerationParams` refuses.
+        """
         given = dict(self.generation_params)
         known = {"use_sampling", "temp", "top_k", "top_p", "cfg_coef", "two_step_cfg", "cfg_coef_beta"}
         if set(given) - known:

@@ -36,7 +36,7 @@ class Conditions:
     """The branches that run, in row order, and how they are mixed.
 
     `mix` is NB of the sampler: 1, 2 (conditional, null) or 3 (text and wav, wav, null). Fewer branches run than are
-    mixed where two are the same: on a text model the wav branch of double CFG *is* the null branch.
+    mixed where two are the same: on a text model the wav branch of double CFG *is* the null branch. `batch` is B.
     """
 
     batch: int
@@ -45,6 +45,7 @@ class Conditions:
 
     @property
     def num_rows(self) -> int:
+        """R: requests x branches that run."""
         return self.batch * len(self.branches)
 
     def expand_logits(self, logits: Tensor) -> Tensor:
@@ -101,7 +102,10 @@ class State:
     """The working set of a decoder.
 
     Attributes:
+        config: of the model.
         kv: keys and values; row r holds `lengths[r]` positions.
+        pattern: of the window; None before the first one.
+        own_place: no `place` was given, so each window gets its own.
         texts: what `decoder.condition` made of the conditions' texts; None where no row attends to any.
         place: where the next column is written: sequence and counters on the device. Given, it is reused for every
             window; else each window gets its own.
@@ -131,10 +135,12 @@ class State:
 
     @property
     def capacity(self) -> int:
+        """Positions that fit into the cache."""
         return self.kv.capacity
 
     @property
     def done(self) -> bool:
+        """Every column of the window is written, or there is no window."""
         return self.pattern is None or self.column >= self.pattern.num_steps
 
     @property
@@ -144,9 +150,10 @@ class State:
         return self.place.sequence
 
     def start_window(self, pattern: Pattern, codes: Tensor, prompt: int, step_offset: int) -> None:
-        """Begin a window: codes [B, K, T], the first `prompt` frames known and the rest `UNKNOWN`.
+        """Begin a window of `pattern`: codes [B, K, T], the first `prompt` frames known and the rest `UNKNOWN`.
 
-        `step_offset`: columns of the whole generation before this window; it only feeds the noise.
+        `step_offset`: columns of the whole generation before this window; it only feeds the noise. ValueError where the
+        pattern needs cells behind the prompt to go on from it.
         """
         batch, num_codebooks, _ = codes.shape
         sequence = pattern.build(codes, self.config.special_token)
@@ -161,7 +168,10 @@ class State:
         self.begin_at(pattern, sequence, column, step_offset)
 
     def begin_at(self, pattern: Pattern, sequence: Tensor, column: int, step_offset: int) -> None:
-        """Start from a sequence [B, K, S] whose cells before `column` are known; the cache counts as empty."""
+        """Start `pattern` from a sequence [B, K, S] whose cells before `column` are known; the cache counts as empty.
+
+        `step_offset`: as for `start_window`.
+        """
         place = self.place
         assert place is not None
         self.pattern, self.column = pattern, column
@@ -206,7 +216,7 @@ class State:
             raise_on_failure(self.place.status)
 
     def write_column(self, logits: Tensor) -> None:
-        """`draw` and `check`."""
+        """`draw` from logits [R, K, V], then `check`."""
         self.draw(logits)
         self.check()
 

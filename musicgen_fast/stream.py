@@ -77,6 +77,8 @@ class Stream:
     Without a seed it draws from torch's global generator as it goes: whoever draws in between changes what follows.
 
     Attributes: `steps_done`, `steps_total` (None: endless) of the language model; `seconds`, given away so far.
+
+    Source: our own; transformers' streamers give tokens only.
     """
 
     def __init__(
@@ -90,7 +92,14 @@ class Stream:
         fade: Fade | None = None,
         saved: dict[str, Any] | None = None,
     ) -> None:
-        """`prompt` int64 [B, K, P] are the first frames of the sound. `request` is kept for `save`, and not read."""
+        """What `MusicGen.stream` fills in.
+
+        Args:
+            generation, codec: what makes the frames, and what turns them into sound.
+            prompt: int64 [B, K, P], the first frames of the sound.
+            chunk_frames: of the largest chunks. fade: at the end; None for none.
+            request: kept for `save`, and not read. saved: what `save` returned, to go on from.
+        """
         self._generation: Generation | Finished = generation
         self._codec, self._request = codec, request
         self._chunk_frames, self._fade = chunk_frames, fade
@@ -107,10 +116,12 @@ class Stream:
 
     @property
     def steps_done(self) -> int:
+        """Steps (columns of tokens) that the language model has done."""
         return self._generation.steps_done
 
     @property
     def steps_total(self) -> int | None:
+        """Steps that it will have done at the end; None: endless."""
         return self._generation.steps_total
 
     @property
@@ -120,6 +131,7 @@ class Stream:
 
     @property
     def seconds(self) -> float:
+        """Seconds of sound given away so far."""
         return self._given / self._codec.frame_rate
 
     def __iter__(self) -> Iterator[Chunk]:

@@ -21,6 +21,7 @@ class Window:
 
     @property
     def end(self) -> int:
+        """The frame behind the last one."""
         return self.start + self.length
 
 
@@ -75,5 +76,5 @@ class WindowPlan:
 
 
 def plan_windows(total: int, window: int, stride: int, prompt: int = 0) -> list[Window]:
-    """All windows of a generation that ends; see `WindowPlan`."""
+    """All windows of a generation that ends: `total`, `window`, `stride` and `prompt` in frames; see `WindowPlan`."""
     return list(WindowPlan(total, window, stride, prompt))

@@ -21,12 +21,14 @@ __all__ = ["Checkpoint", "TextSource", "TextTokenizer"]
 class TextTokenizer(Protocol):
     """Turns a text into T5 ids, the end token included."""
 
-    def ids(self, text: str) -> list[int]: ...
+    def ids(self, text: str) -> list[int]:
+        """Ids of `text`, the closing one included."""
+        ...
 
 
 @dataclass
 class TextSource:
-    """A T5 encoder: its transformers configuration, its weights (float32) and where its tokenizer is.
+    """A T5 encoder: `config` of transformers, its weights `tensors` (float32) and where its tokenizer is.
 
     Exactly one of `tokenizer_folder` (holds `spiece.model` or `tokenizer.json`) and `tokenizer` is set, or none where
     the files came without a tokenizer: such a model generates, but cannot read text. `origin` is for messages.

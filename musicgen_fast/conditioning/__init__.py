@@ -25,7 +25,10 @@ COMPAT = ("isolated", "audiocraft")
 
 
 class WavCondition(NamedTuple):
-    """A waveform as a condition (audiocraft's fields). wav [1, C, n]; `length` 0 or a single sample mean "none"."""
+    """A waveform as a condition (audiocraft's fields). wav [1, C, n]; `length` 0 or a single sample mean "none".
+
+    `sample_rate` holds one rate in Hz; `path` and `seek_time` (seconds) are audiocraft's, and not read.
+    """
 
     wav: Tensor
     length: Tensor
@@ -36,7 +39,10 @@ class WavCondition(NamedTuple):
 
 @dataclass
 class ConditioningAttributes:
-    """What one request asks for: audiocraft's class as far as MusicGen uses it, and two fields of our own."""
+    """What one request asks for: audiocraft's class as far as MusicGen uses it, and two fields of our own.
+
+    `text` holds the text under "description", `wav` the melody or style under "self_wav".
+    """
 
     text: dict[str, str | None] = field(default_factory=dict)
     wav: dict[str, WavCondition] = field(default_factory=dict)
@@ -51,13 +57,18 @@ class Projections(Protocol):
     melody_proj: nn.Linear | None
 
     @property
-    def device(self) -> torch.device: ...
+    def device(self) -> torch.device:
+        """Where its weights are."""
+        ...
 
 
 class Conditioner:
     """Encodes the conditions of a model. Parts that a model lacks are None; so is a text encoder that was not found.
 
+    Padding and null conditions are audiocraft's and transformers'; see the head of this file.
+
     Args:
+        config: of the model. transformer: lends its projections.
         text: `TextEncoder`, its states projected here by the transformer's `text_proj`.
         style: `StyleConditioner`; the chromagram needs no module of its own.
     """
@@ -73,7 +84,10 @@ class Conditioner:
     # -- text ---------------------------------------------------------------------------------------------------------
 
     def encode_text(self, text: str | None) -> Tensor | None:
-        """[n, d] states of one text, projected; None for an empty one (its states are zeros, one position long)."""
+        """[n, d] states of one text, projected; None for an empty one (its states are zeros, one position long).
+
+        ValueError where the model came without a text encoder.
+        """
         if not text:
             return None
         if self.text is None:
@@ -98,7 +112,10 @@ class Conditioner:
     def encode_melody(
         self, wav: Tensor | None, sample_rate: int, seed: int | None = None, separate: bool = True
     ) -> Tensor:
-        """Chroma prefix [chroma_length, d] of a waveform [C, n]; None: the null melody, pitch class C throughout."""
+        """Chroma prefix [chroma_length, d] of `wav` [C, n] at `sample_rate` Hz; None: pitch class C throughout.
+
+        `seed` and `separate`: see `melody_chroma`.
+        """
         from .melody import ChromaExtractor, load_demucs, melody_chroma, null_chroma
 
         assert self.config.melody is not None and self.transformer.melody_proj is not None
@@ -181,6 +198,7 @@ class Conditioner:
         """Conditions for B requests.
 
         Args:
+            attributes: one for each.
             guidance: 'none' (one branch), 'cfg' (conditional, null) or 'double' (text and wav, wav, null).
             compat: 'isolated' or 'audiocraft', see the head of this file.
             two_step: the null branch is padded on its own (audiocraft's two-step CFG).

@@ -35,7 +35,7 @@ _random_lock = threading.Lock()  # of those who swap the state of Python's globa
 
 
 def chroma_filters(sample_rate: int, n_fft: int, n_chroma: int = 12) -> Tensor:
-    """Weights [n_chroma, n_fft // 2 + 1] float32 from power spectrum to pitch classes, bin 0 = C.
+    """Weights [n_chroma, n_fft // 2 + 1] float32 from a power spectrum at `sample_rate` Hz to pitch classes, bin 0 = C.
 
     transformers' filter bank: bit-equal to librosa 0.11's `filters.chroma(tuning=0)`, which audiocraft uses.
     """
@@ -61,7 +61,8 @@ class ChromaExtractor:
     def __call__(self, wav: Tensor) -> Tensor:
         """[B, T] mono at `config.sample_rate` -> [B, frames, n_chroma] with T // hop + 1 frames.
 
-        Fewer than n_fft samples are padded with silence on both sides to n_fft: five frames.
+        Fewer than n_fft samples are padded with silence on both sides to n_fft: five frames. ValueError for other
+        shapes.
         """
         if wav.dim() != 2:
             raise ValueError(f"expected mono waveforms [B, T], got shape {tuple(wav.shape)}")
@@ -79,7 +80,7 @@ class ChromaExtractor:
 
 
 def fit_length(chroma: Tensor, length: int) -> Tensor:
-    """[frames, n] -> [length, n]: longer is cut, shorter starts over as often as it takes."""
+    """chroma [frames, n] -> [length, n]: longer is cut, shorter starts over as often as needed; ValueError for none."""
     if len(chroma) == 0:
         raise ValueError("a chromagram needs at least one frame")
     return chroma.repeat(-(-length // len(chroma)), 1)[:length]
@@ -105,7 +106,9 @@ def load_demucs(device: str | torch.device = "cpu") -> Any:
 def separate_stems(
     wav: Tensor, sample_rate: int, device: str | torch.device = "cpu", seed: int | None = None, demucs: Any = None
 ) -> Tensor:
-    """What carries the melody, vocals and other, summed: [C, T] -> mono [1, T'] at the same rate, on `device`.
+    """What carries the melody, vocals and other, summed: wav [C, T] -> mono [1, T'], both at `sample_rate` Hz.
+
+    The result lies on `device`.
 
     Args:
         seed: demucs moves its input by a random time drawn from Python's global `random`. None lets it (audiocraft's
@@ -149,16 +152,19 @@ def melody_chroma(
     demucs: Any = None,
     extractor: ChromaExtractor | None = None,
 ) -> Tensor:
-    """Chromagram [chroma_length, n_chroma] float32 on `device` of a melody [C, T], in audiocraft's order of steps.
+    """Chromagram [chroma_length, n_chroma] float32 on `device` of a melody `wav` [C, T] at `sample_rate` Hz.
 
-    Rate and channels are converted first, then the stems are separated, then comes the chromagram, cut or repeated to
-    the length that the model was trained with. None and a single sample (audiocraft's sign for "none") give
-    `null_chroma`.
+    audiocraft's order: rate and channels are converted first, then the stems are separated, then comes the chromagram,
+    cut or repeated to the length that the model was trained with. None and a single sample (audiocraft's sign for
+    "none") give `null_chroma`.
 
     Args:
         separate: False takes the mix as it is and needs no demucs.
         seed, demucs: see `separate_stems`.
         extractor: reused where given; it must have been made for `config` and `device`.
+
+    Raises:
+        ValueError: not [C, T], no samples, NaN or infinite ones. ImportError: demucs is needed and missing.
     """
     if wav is None or wav.shape[-1] == 1:
         return null_chroma(config).to(device)

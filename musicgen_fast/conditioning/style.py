@@ -131,6 +131,9 @@ class StyleConditioner(nn.Module):
             excerpt_length: seconds.
             ds_factor: every how many frames one becomes a token.
             encodec_n_q: kept, but without effect: it belongs to models with EnCodec features, and none was released.
+
+        Raises:
+            ValueError: a value out of range, an excerpt below 0.02 seconds.
         """
         if not 1 <= eval_q <= self.config.num_codebooks or int(eval_q) != eval_q:
             raise ValueError(f"eval_q must be a whole number from 1 to {self.config.num_codebooks}, got {eval_q}")
@@ -146,7 +149,8 @@ class StyleConditioner(nn.Module):
     def draw_start(self, wav: Tensor | None, sample_rate: int, seed: int | None = None) -> int:
         """First sample, at `config.sample_rate`, of the excerpt of `wav` [C, T]: see `excerpt_start`.
 
-        0 without a draw for no audio; the middle where the model was made so. ValueError for audio that is too short.
+        `sample_rate` in Hz, `seed` of the draw. 0 without a draw for no audio; the middle where the model was made so.
+        ValueError for audio that is too short.
         """
         if wav is None or wav.shape[-1] == 1:
             return 0
@@ -175,10 +179,13 @@ class StyleConditioner(nn.Module):
     def forward(
         self, wav: Tensor | None, sample_rate: int, *, start: int | None = None, seed: int | None = None
     ) -> Tensor:
-        """Tokens [tokens, d] of an excerpt of `wav` [C, T]; one zero token for None or a single sample.
+        """Tokens [tokens, d] of an excerpt of `wav` [C, T] at `sample_rate` Hz; a zero one for None or a single sample.
 
         Args:
             start: first sample of the excerpt at `config.sample_rate`; None draws it (`draw_start`, `seed`).
+
+        Raises:
+            ValueError: audio that is too short, an excerpt beyond its end, NaN or infinite samples.
         """
         if wav is None or wav.shape[-1] == 1:
             return self.output_proj.weight.new_zeros(1, self.output_proj.out_features)
@@ -246,10 +253,11 @@ _MERT_HINT = (
 
 
 def load_mert(name_or_folder: str | Path, device: str | torch.device = "cpu") -> nn.Module:
-    """MERT from a folder or the hub as transformers' `HubertModel`: float32, eval mode, no gradients.
+    """MERT (Li et al. 2023) as transformers' `HubertModel`: float32, eval mode, no gradients, on `device`.
 
-    MERT-v1-95M is a HuBERT trained on music. CheckpointError where it cannot be found, lacks weights, or uses one of
-    MERT's additions that HuBERT does not have (constant-Q features, deepnorm, relaxed attention).
+    `name_or_folder`: hub id or folder. MERT-v1-95M is a HuBERT trained on music. CheckpointError where it cannot be
+    found, lacks weights, or uses one of MERT's additions that HuBERT does not have (constant-Q features, deepnorm,
+    relaxed attention).
     """
     from transformers import HubertConfig, HubertModel
 

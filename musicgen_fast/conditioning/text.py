@@ -48,7 +48,10 @@ class TextTokenizer:
     """
 
     def __init__(self, pieces: Sequence[tuple[str, float]], charsmap: bytes | None):
-        """`pieces`: (piece, log probability) by id, sentinels included; `charsmap`: SentencePiece's normalizer."""
+        """`pieces`: (piece, log probability) by id, sentinels included; `charsmap`: SentencePiece's normalizer.
+
+        CheckpointError for pieces that do not begin like T5's.
+        """
         from tokenizers import AddedToken, Tokenizer, normalizers, pre_tokenizers
         from tokenizers.models import Unigram
 
@@ -77,7 +80,10 @@ class TextTokenizer:
         raise CheckpointError(f"no T5 vocabulary in {folder}: looked for {' and '.join(TOKENIZER_FILES)}; {_HINT}")
 
     def ids(self, text: str) -> list[int]:
-        """Ids of `text` and the closing 1; "" gives [1]. Nothing is cut and nothing is lower-cased."""
+        """Ids of `text` and the closing 1; "" gives [1]. Nothing is cut and nothing is lower-cased.
+
+        TypeError for what is no text, ValueError for half a surrogate pair.
+        """
         if not isinstance(text, str):
             raise TypeError(f"a text must be a str, got {type(text).__name__}")
         try:

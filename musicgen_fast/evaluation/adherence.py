@@ -2,7 +2,8 @@
 
 `Analyser` is one classifier per attribute (tempo, mode, drums, ...), saved as JSON. `Adherence` counts how often its
 verdict is the wanted label, next to chance and to the ceiling that it reaches on clips whose labels are true: where the
-ceiling is low, the ruler is short, and the model may be better than it reads. Knows nothing of models.
+ceiling is low, the ruler is short, and the model may be better than it reads. Knows nothing of models. A measure of our
+own; audiocraft's `CLAPTextConsistencyMetric` asks a CLAP model instead.
 """
 
 from __future__ import annotations
@@ -37,6 +38,7 @@ class Score:
 
     @property
     def accuracy(self) -> float:
+        """hits / n."""
         return self.hits / self.n
 
     @property
@@ -58,6 +60,7 @@ class Analyser:
     """Classifiers of some attributes for clips at one sample rate.
 
     Attributes:
+        sample_rate: Hz, of the clips.
         classifiers: by attribute.
         candidates: BPM that the tempo features compare.
     """
@@ -77,10 +80,11 @@ class Analyser:
         candidates: Sequence[float] = TEMPO_CANDIDATES,
         penalty: float = 1.0,
     ) -> Analyser:
-        """Fit on clips [n] or [C, n] and their labels: one classifier for each attribute that all labels have.
+        """Fit on clips [n] or [C, n] at `sample_rate` Hz and their labels: one classifier an attribute that all have.
 
         Fit on what will be judged: sounds through the codec, not before it. `features` says what each attribute is read
-        from; attributes that it does not name are read from everything that it does.
+        from; attributes that it does not name are read from everything that it does. `candidates`: as for `measure`;
+        `penalty`: half the L2 weight of the classifiers.
         """
         measured = measure(clips, sample_rate, candidates)
         return cls.fitted_on_features(
@@ -98,7 +102,10 @@ class Analyser:
         candidates: Sequence[float] = TEMPO_CANDIDATES,
         penalty: float = 1.0,
     ) -> Analyser:
-        """`fitted` for clips that were measured already (`measure`)."""
+        """`fitted` for clips that are `measured` already (`measure`, at this `sample_rate` in Hz, with `candidates`).
+
+        `labels`, `features` and `penalty`: as there.
+        """
         classifiers = {
             name: fit(measured, [row[name] for row in labels], features_of(name, features), penalty=penalty)
             for name in _attributes(labels, len(measured))
@@ -139,7 +146,7 @@ class Analyser:
 
 @dataclass(frozen=True)
 class Adherence:
-    """Scores by attribute, of clips and (optionally) of the true labels' clips."""
+    """`scores` by attribute, of clips and (`ceiling`, or None) of clips whose labels are true."""
 
     scores: Mapping[str, Score]
     ceiling: Mapping[str, Score] | None = None
@@ -155,6 +162,7 @@ class Adherence:
     ) -> Adherence:
         """Score clips [n] or [C, n] at the analyser's rate. `wanted` may leave attributes out of some clips.
 
+        `ceiling`: kept beside, see `cross_validated_ceiling`.
         The standard errors count clips as independent: one clip per prompt, or the same number of each.
         """
         return cls(score(analyser.labels(analyser.measure(clips)), wanted), ceiling)
@@ -163,12 +171,15 @@ class Adherence:
 def measure(
     clips: Sequence[Any], sample_rate: int, candidates: Sequence[float] = TEMPO_CANDIDATES
 ) -> list[dict[str, float]]:
-    """`clip_features` of every clip."""
+    """`clip_features` of all `clips` [n] or [C, n] at `sample_rate` Hz, with these `candidates` in BPM."""
     return [clip_features(clip, sample_rate, candidates) for clip in clips]
 
 
 def score(verdicts: Sequence[Labels], wanted: Sequence[Labels]) -> dict[str, Score]:
-    """Scores of every attribute that both name; the ceiling, where the verdicts are on clips whose labels are true."""
+    """Scores of every attribute that both name, `verdicts` and `wanted` labels, one each for a clip.
+
+    ValueError where there are not as many of both. The ceiling, where the verdicts are on clips whose labels are true.
+    """
     if len(verdicts) != len(wanted) or not wanted:
         raise ValueError(f"{len(verdicts)} verdicts for {len(wanted)} wanted labels")
     scores = {}
@@ -188,7 +199,10 @@ def cross_validated_ceiling(
     folds: int = 5,
     penalty: float = 1.0,
 ) -> dict[str, Score]:
-    """The ceiling from the clips that an analyser is fitted on, each judged by a fit that left it out."""
+    """The ceiling from the clips that an analyser is fitted on, each judged by a fit that left it out.
+
+    `measured`, `labels`, `features` and `penalty`: as for `Analyser.fitted_on_features`; `folds`: fits.
+    """
     verdicts: list[dict[str, str]] = [{} for _ in measured]
     for name in _attributes(labels, len(measured)):
         column = [row[name] for row in labels]
@@ -211,7 +225,7 @@ def features_of(attribute: str, features: Mapping[str, Sequence[str]] = ATTRIBUT
 def markdown_table(columns: Mapping[str, Mapping[str, Score]], ceiling: Mapping[str, Score] | None = None) -> str:
     """A table of attributes: n, chance, ceiling, and accuracy, standard error and z of every column ('cfg 1', ...).
 
-    Percent; z is against chance. n and chance are those of the first column.
+    Percent; z is against chance. n and chance are those of the first of the `columns`; ValueError for none.
     """
     if not columns:
         raise ValueError("no columns were given")

@@ -39,7 +39,11 @@ class CodecFigures:
 
 
 def codec_figures(references: Sequence[Any], estimates: Sequence[Any], sample_rate: int) -> CodecFigures:
-    """The three figures of pairs of waveforms at one sample rate."""
+    """The three figures of pairs of `references` and `estimates`, [n] or [C, n] at `sample_rate` Hz; means over pairs.
+
+    For each see `spectral_convergence`, `log_mel_distance`, `si_snr`. ValueError for none, for other numbers or
+    lengths, and for samples that are not finite.
+    """
     if len(references) != len(estimates) or not len(references):
         raise ValueError(f"{len(references)} references for {len(estimates)} estimates")
     pairs = list(zip(references, estimates, strict=True))
@@ -60,6 +64,7 @@ def spectral_convergence(
 ) -> float:
     """Norm of the difference of magnitude spectrograms over the norm of the reference's, mean over resolutions.
 
+    `reference` and `estimate` are [n] or [C, n] at `sample_rate` Hz (Arik et al. 2018).
     `floor`: the reference's norm counts as at least this a frame (a full-scale sine's is 0.6 a frame, as `spectrogram`
     scales it), so that near-silence reads small, where the bare ratio reaches hundreds.
     """
@@ -80,8 +85,10 @@ def log_mel_distance(
     floor: float = LOG_FLOOR,
     resolutions: Sequence[int] = RESOLUTIONS,
 ) -> float:
-    """Mean absolute difference of natural logs of mel magnitudes, mean over resolutions.
+    """Mean absolute difference of natural logs of mel magnitudes, mean over resolutions (FFT sizes in samples).
 
+    `reference` and `estimate` are [n] or [C, n] at `sample_rate` Hz. Near audiocraft's
+    `MultiScaleMelSpectrogramLoss`; several resolutions as in Yamamoto et al. 2020.
     n_fft / 8 bands (16 at 128, at most 80) from 0 Hz to half the rate. Magnitudes are those of an FFT whose window has
     unit energy (white noise of RMS r reads r per bin), summed over triangles of peak 1; `floor` is added to none, only
     the smaller is lifted to it.
@@ -99,7 +106,8 @@ def log_mel_distance(
 def si_snr(reference: Any, estimate: Any, sample_rate: int) -> float:
     """Scale-invariant signal-to-noise ratio in dB (Le Roux et al. 2019), means removed, within +-100.
 
-    The estimate is split into its projection on the reference and the rest. A silent reference or estimate reads -100.
+    Waveforms [n] or [C, n] at `sample_rate` Hz. The estimate is split into its projection on the reference and the
+    rest. A silent reference or estimate reads -100.
     """
     first, second = (x.double() - x.double().mean() for x in _pair(reference, estimate, sample_rate))
     energy = float(first.square().sum())
@@ -111,7 +119,10 @@ def si_snr(reference: Any, estimate: Any, sample_rate: int) -> float:
 
 
 def codebook_perplexity(tokens: Tensor, vocab: int) -> Tensor:
-    """Float64 [K]: exp of the entropy of each codebook's token frequencies in tokens [B, K, T]; 1 (one token) .. V."""
+    """Float64 [K]: exp of the entropy of each codebook's token frequencies in tokens [B, K, T]; 1 (one token) .. V.
+
+    V is `vocab`; ValueError for other shapes and for tokens outside of 0..V-1.
+    """
     if tokens.dim() != 3 or tokens.is_floating_point() or tokens.numel() == 0:
         raise ValueError(f"tokens must be integers [B, K, T], at least one, got {tokens.dtype} {list(tokens.shape)}")
     if int(tokens.min()) < 0 or int(tokens.max()) >= vocab:
@@ -122,10 +133,11 @@ def codebook_perplexity(tokens: Tensor, vocab: int) -> Tensor:
 
 
 def mu_law(wav: Tensor, bits: int) -> Tensor:
-    """The waveform (any shape, clipped to +-1) through a mu-law coder of 2**bits levels, mu = 2**bits - 1.
+    """`wav` (any shape, clipped to +-1) through a mu-law coder of 2**bits levels, mu = 2**bits - 1.
 
     The yardstick: what b bits a sample sound like without any codec. Levels are evenly spaced from -1 to 1, ends
-    included, in the compressed domain; 8 bits are the usual companding curve with mu = 255.
+    included, in the compressed domain; 8 bits are the usual companding curve with mu = 255 (ITU-T G.711). ValueError
+    for `bits` outside of 1..16.
     """
     if not 1 <= bits <= 16:
         raise ValueError(f"bits must lie in 1..16, got {bits}")

@@ -2,7 +2,8 @@
 
 Takes [n] or [C, n] at a sample rate of 10 kHz or more, at least 2 s. Knows nothing of labels; `ATTRIBUTE_FEATURES` only
 says which numbers an attribute of that name is usually read from. Every number is finite, for silence too, and all but
-those of loudness stay the same when the clip gets louder.
+those of loudness stay the same when the clip gets louder. Centroid, rolloff and flatness go back to Tzanetakis and
+Cook 2002.
 """
 
 from __future__ import annotations
@@ -52,7 +53,7 @@ ATTRIBUTE_FEATURES: dict[str, tuple[str, ...]] = {
 
 
 def brightness(wav: Any, sample_rate: int) -> dict[str, float]:
-    """Where the energy below 8 kHz lies.
+    """Where the energy of wav [n] or [C, n] at `sample_rate` Hz lies, below 8 kHz.
 
     Returns:
         centroid: octaves above 1 kHz of the power-weighted mean frequency, power compressed to magnitude.
@@ -77,7 +78,8 @@ def brightness(wav: Any, sample_rate: int) -> dict[str, float]:
 
 
 def level(wav: Any, sample_rate: int) -> dict[str, float]:
-    """`rms_db`: dB re full scale (a full-scale sine: -3.01); `lufs`: BS.1770 loudness. Both at least -100."""
+    """Of wav [n] or [C, n] at `sample_rate` Hz, `rms_db`: dB re full scale (a full-scale sine: -3.01); `lufs`: loudness
+    of ITU-R BS.1770. Both at least -100."""
     signal = mono(wav, sample_rate)
     measured = loudness(signal, sample_rate)
     return {"rms_db": float(decibels(rms(signal) ** 2)), "lufs": max(measured, FLOOR_DB)}
@@ -85,7 +87,7 @@ def level(wav: Any, sample_rate: int) -> dict[str, float]:
 
 def spectral_shape(wav: Any, sample_rate: int) -> dict[str, float]:
     """`shape_0..11`: dB of 12 mel bands (80 Hz .. 8 kHz) about their own mean, averaged over time; `motion_0..11`:
-    their standard deviations over time, dB."""
+    their standard deviations over time, dB. Of wav [n] or [C, n] at `sample_rate` Hz."""
     signal = levelled(mono(wav, sample_rate))
     n_fft = _n_fft(sample_rate)
     filters = mel_filters(n_fft, sample_rate, SHAPE_BANDS, 80.0, _TOP_HZ)
@@ -97,7 +99,7 @@ def spectral_shape(wav: Any, sample_rate: int) -> dict[str, float]:
 
 
 def clip_features(wav: Any, sample_rate: int, candidates: Sequence[float] = TEMPO_CANDIDATES) -> dict[str, float]:
-    """Every number that `ATTRIBUTE_FEATURES` names, of one clip.
+    """Every number that `ATTRIBUTE_FEATURES` names, of one clip: wav [n] or [C, n] at `sample_rate` Hz.
 
     Args:
         candidates: tempi in BPM; `pulse_i` is the log of the share that candidate i has of all pulse strength.

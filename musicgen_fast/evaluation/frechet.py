@@ -1,8 +1,8 @@
 """Frechet distance between two sets of embeddings, and one embedder that needs no download: basic-pitch's ONNX model.
 
-The published "FAD" figures use VGGish or CLAP; what is computed here with another embedder cannot be compared with
-them, so its name says which: `basic_pitch_frechet_distance`. Good for ordering runs of one project, as a smoke alarm.
-Sets are float [N, D]; clips are waveforms [n] or [C, n].
+The published "FAD" figures (Kilgour et al. 2019) use VGGish or CLAP; what is computed here with another embedder cannot
+be compared with them, so its name says which: `basic_pitch_frechet_distance`. Good for ordering runs of one project, as
+a smoke alarm. Sets are float [N, D]; clips are waveforms [n] or [C, n].
 """
 
 from __future__ import annotations
@@ -23,7 +23,9 @@ _INSTALL = "pip install onnxruntime && pip install --no-deps basic-pitch (its ow
 
 
 def frechet_distance(mean1: np.ndarray, cov1: np.ndarray, mean2: np.ndarray, cov2: np.ndarray) -> float:
-    """|m1 - m2|^2 + tr(C1 + C2 - 2 (C1 C2)^(1/2)) of two Gaussians: means [D], covariances [D, D], symmetric.
+    """|m1 - m2|^2 + tr(C1 + C2 - 2 (C1 C2)^(1/2)) of two Gaussians: `mean1`, `mean2` [D], `cov1`, `cov2` [D, D].
+
+    The covariances are symmetric; the distance is that of Heusel et al. 2017.
 
     The root's trace is taken as that of (S C2 S)^(1/2) with S = C1^(1/2): symmetric matrices only, so eigenvalues are
     real, and those below zero by rounding are cut. Never negative. Like the published figures it is the squared
@@ -78,7 +80,9 @@ def basic_pitch_frechet_distance(
 ) -> float:
     """`embedding_distance` on `components` axes between the basic-pitch features of two sets of clips; not FAD.
 
-    Every window of 2 s is one embedding. Raises ImportError where the model or onnxruntime is missing.
+    `references` and `clips` are [n] or [C, n] at `sample_rate` Hz, `embedder` one that is open already. The features
+    are those of Bittner et al. 2022. Every window of 2 s is one embedding. Raises ImportError where the model or
+    onnxruntime is missing.
     """
     embed = embedder or BasicPitchEmbedder()
     first, second = (np.concatenate([embed(clip, sample_rate) for clip in part]) for part in (references, clips))
@@ -109,7 +113,8 @@ class BasicPitchEmbedder:
         self._input = self._session.get_inputs()[0].name
 
     def __call__(self, wav: Any, sample_rate: int) -> np.ndarray:
-        """Float64 [windows, 880] of a waveform: whole windows of 1.99 s, without overlap; a shorter clip is padded."""
+        """Float64 [windows, 880] of wav [n] or [C, n] at `sample_rate` Hz: whole windows of 1.99 s, without overlap; a
+        shorter clip is padded."""
         import julius
 
         signal = julius.resample_frac(mono(wav, sample_rate), int(sample_rate), _RATE)

@@ -2,7 +2,8 @@
 
 Knows nothing of audio and of sampling: tokens [B, K, T] and texts go in, nats come out. Every cell of the pattern that
 holds a frame is counted once, predicted from the steps before its own; cells with the special token are inputs only.
-Guidance is left out: the figure is that of the conditional (or, without texts, the null) distribution.
+Guidance is left out: the figure is that of the conditional (or, without texts, the null) distribution. The mean over
+codebooks is the loss that audiocraft's `MusicGenSolver` trains with.
 """
 
 from __future__ import annotations
@@ -109,10 +110,11 @@ def negative_log_likelihood(
 
 
 def unigram_cross_entropy(train_tokens: Tensor, test_tokens: Tensor, vocab: int, smoothing: float = 1.0) -> Tensor:
-    """Float64 [K], nats per token: test tokens [B, K, T] coded with the token frequencies of the training tokens.
+    """Float64 [K], nats per token: `test_tokens` [B, K, T] coded with the token frequencies of `train_tokens`.
 
-    What a model reaches that knows nothing but how often each token occurs. `smoothing` is added to every count; at 0 a
-    test token that training never saw makes the figure infinite.
+    `vocab` is V; ValueError for other shapes, tokens outside of 0..V-1, a negative `smoothing`. What a model reaches
+    that knows nothing but how often each token occurs. `smoothing` is added to every count; at 0 a test token that
+    training never saw makes the figure infinite.
     """
     for name, tokens in (("train_tokens", train_tokens), ("test_tokens", test_tokens)):
         if tokens.dim() != 3 or tokens.is_floating_point() or tokens.numel() == 0:

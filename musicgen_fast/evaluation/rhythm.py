@@ -3,7 +3,7 @@
 Takes [n] or [C, n] at a sample rate. All figures are independent of loudness. The envelope is half-wave rectified
 spectral flux of compressed mel bands, 100 frames a second. Tempo joins two views of it: the autocorrelation, which also
 answers at multiples of the beat's period, and the spectrum, which also answers at multiples of its frequency; their
-product is large only where both see a pulse.
+product is large only where both see a pulse (Peeters 2007).
 """
 
 from __future__ import annotations
@@ -49,7 +49,8 @@ class Drums:
 
     Attributes:
         kick_level, mid_level, noise_level: dB re the clip's RMS, level that the loudest 5 % of the frames exceed.
-        kick_burst, ...: dB, 0 to 60, from the quietest 30 % of the frames to that level: a drone has none.
+        kick_burst, mid_burst, noise_burst: dB, 0 to 60, from the quietest 30 % of the frames to that level; none for a
+            drone.
         mid_flatness, noise_flatness: 0 (tonal) .. 1 (noise), geometric over arithmetic mean power of the band in those
             loud frames.
         present: the untrained verdict: noise that is loud, flat and comes in bursts (cymbals, snares; no lone kick).
@@ -66,14 +67,15 @@ class Drums:
 
     @property
     def present(self) -> bool:
+        """The verdict from the noise band alone: loud (above -50 dB), in bursts (6 dB) and flat (0.3)."""
         return self.noise_level > -50 and self.noise_burst > 6 and self.noise_flatness > 0.3
 
 
 def onset_envelope(wav: Any, sample_rate: int, low: float = 30.0, high: float = 8000.0) -> Tensor:
     """Float64 [M]: spectral flux, mean over 32 mel bands from `low` to `high` Hz, one value each 10 ms, never negative.
 
-    Frame m is the rise from 20 ms before to m x 10 ms (unit: nepers of the compressed magnitude). Exact multiples of
-    10 ms need a sample rate that 100 divides; see `envelope_rate`.
+    Of wav [n] or [C, n] at `sample_rate` Hz. Frame m is the rise from 20 ms before to m x 10 ms (unit: nepers of the
+    compressed magnitude). Exact multiples of 10 ms need a sample rate that 100 divides; see `envelope_rate`.
     """
     return onset_envelopes(wav, sample_rate, [(low, high)])[0]
 
@@ -96,7 +98,7 @@ def envelope_rate(sample_rate: int) -> float:
 
 
 def tempo(wav: Any, sample_rate: int, candidates: Sequence[float] = ()) -> Tempo:
-    """The tempo of at least 2 s of sound; tempi within 1 % of a candidate count as its own.
+    """The tempo of wav [n] or [C, n] at `sample_rate` Hz, at least 2 s; tempi within 1 % of a candidate are its own.
 
     Octaves: a candidate is scored by the pulses at its beat, eighths and sixteenths together, so a pattern of eighths
     alone still finds its beat among candidates that are no octaves of each other. The free estimate of `bpm`, 55..215,
@@ -114,7 +116,7 @@ def tempo(wav: Any, sample_rate: int, candidates: Sequence[float] = ()) -> Tempo
 
 
 def onsets(wav: Any, sample_rate: int) -> Tensor:
-    """Float64 [number] seconds of the onsets, in any band."""
+    """Float64 [number] seconds of the onsets, in any band, of wav [n] or [C, n] at `sample_rate` Hz."""
     return onset_times(onset_envelope(wav, sample_rate), envelope_rate(sample_rate))
 
 
@@ -128,12 +130,12 @@ def onset_times(envelope: Tensor, rate: float) -> Tensor:
 
 
 def density(wav: Any, sample_rate: int) -> float:
-    """Onsets a second."""
+    """Onsets a second of wav [n] or [C, n] at `sample_rate` Hz."""
     return len(onsets(wav, sample_rate)) / (len(mono(wav, sample_rate)) / sample_rate)
 
 
 def drums(wav: Any, sample_rate: int) -> Drums:
-    """Evidence of drums. Raises ValueError below 10 kHz, where the noise band is missing."""
+    """Evidence of drums in wav [n] or [C, n] at `sample_rate` Hz; ValueError below 10 kHz: no noise band."""
     if sample_rate < 10000:
         raise ValueError(f"drum evidence needs a sample rate of at least 10000 Hz, got {sample_rate}")
     n_fft = _n_fft(sample_rate)

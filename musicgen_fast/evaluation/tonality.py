@@ -1,7 +1,7 @@
 """Tonality of a waveform: a chroma vector from spectral peaks, and the key that fits it. No training, no labels.
 
 Takes [n] or [C, n] at a sample rate, whole clips: no chords over time. Pitch classes count from C = 0 in equal
-temperament at A4 = 440 Hz.
+temperament at A4 = 440 Hz. Profiles of the keys: Krumhansl and Kessler 1982.
 """
 
 from __future__ import annotations
@@ -45,13 +45,14 @@ class Key:
 
     @property
     def name(self) -> str:
+        """Such as 'A minor'."""
         return f"{PITCH_CLASSES[self.tonic]} {self.mode}"
 
 
 def chroma(wav: Any, sample_rate: int) -> Tensor:
     """Float64 [12], sum 1: spectral peaks between 60 and 1400 Hz, by the root of their magnitude; zeros for silence.
 
-    A peak between two semitones is shared between them in proportion.
+    Of wav [n] or [C, n] at `sample_rate` Hz. A peak between two semitones is shared between them in proportion.
     """
     signal = levelled(mono(wav, sample_rate))
     n_fft = 1 << round(math.log2(_WINDOW_SECONDS * sample_rate))
@@ -87,7 +88,7 @@ def key_correlations(chroma_vector: Tensor) -> Tensor:
 
 
 def key(wav: Any, sample_rate: int) -> Key:
-    """The key of a clip by its chroma (Krumhansl-Schmuckler)."""
+    """The key of wav [n] or [C, n] at `sample_rate` Hz by its chroma (Krumhansl-Schmuckler)."""
     return key_of_chroma(chroma(wav, sample_rate))
 
 

@@ -136,6 +136,7 @@ class LiveModel(ABC):
 
     @property
     def lm(self) -> LiveLM:
+        """The `LMModel` around the live weights as they are now."""
         return self.current()
 
     def current(self) -> LiveLM:

@@ -53,7 +53,7 @@ class Identity:
     output: Mapping[str, Any] = field(default_factory=dict)
 
     def fingerprint(self, item: Item, inputs: Inputs) -> str:
-        """SHA-256 in hex, 32 digits. Reads the recordings of the item; OSError, ValueError where that fails."""
+        """SHA-256 in hex, 32 digits. Reads the item's recordings from `inputs`; OSError, ValueError if that fails."""
         told = {
             "weights": self.weights,
             "precision": self.precision,
@@ -94,7 +94,7 @@ def weights_hash(
     """SHA-256, 32 hex digits, of the files that a model is loaded from; 1 GB takes half a second to two.
 
     Args:
-        model: as for `load_checkpoint`; 'random:SIZE' follows from its name.
+        model, revision, cache_dir: as for `load_checkpoint`; 'random:SIZE' follows from its name.
         others: folders or hub ids of encoders given besides, in a fixed order.
 
     Raises:

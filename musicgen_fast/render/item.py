@@ -50,7 +50,7 @@ class Problem:
 
 
 class ManifestError(ValueError):
-    """A manifest that cannot be rendered. `problems`: all of them, in the order of the lines."""
+    """The manifest at `path` cannot be rendered. `problems`: all of them, in the order of the lines."""
 
     def __init__(self, path: str, problems: Sequence[Problem]):
         self.path = path
@@ -70,9 +70,9 @@ class Item:
         prompt: None without one. negative_prompt: what guidance leads away from.
         params: everything that `GenerationParams` holds; `duration` includes a continued recording.
         melody, continuation: paths of recordings, relative to the input root with /.
-        continuation_start, continuation_seconds: the part of the recording that is continued; None: to its end.
+        continuation_start, continuation_seconds: seconds of the recording: what is continued; None: to its end.
         separate: take drums and bass out of the melody first.
-        sections, crossfade: a prompt for every part, in the place of `prompt`.
+        sections, crossfade: a prompt for every part, in the place of `prompt`; seconds from one to the next.
         output: the name that the manifest asks for, relative, without a suffix.
         tags: of the sound file, see `audio_encode.TAGS`.
     """
@@ -97,6 +97,7 @@ class Item:
 
     @property
     def key(self) -> str:
+        """Unique in a manifest: `id`, or `id#variation` behind the first."""
         return f"{self.id}#{self.variation}" if self.variation else self.id
 
     def row(self, output: str | None = None) -> dict[str, Any]:

@@ -41,6 +41,7 @@ def read_manifest(
     """The pieces of a manifest, in its order.
 
     Args:
+        path: of the manifest. limits: on what it may ask for; default: `Limits()`.
         defaults: parameters of what a line leaves open.
         seed: what the seeds of lines without one follow from, together with their ids.
         input_root: recordings lie below it; default: the folder of the manifest.
@@ -49,7 +50,7 @@ def read_manifest(
         inputs: the recordings, where they were opened already; instead of `input_root`.
 
     Raises:
-        ManifestError: with all problems. OSError: the manifest cannot be read.
+        ManifestError: with all problems. OSError: the manifest cannot be read. ValueError: an unknown format.
     """
     path, limits = Path(path), limits or Limits()
     format = format or _SUFFIXES.get(path.suffix.lower(), "txt")

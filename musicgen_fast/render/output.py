@@ -38,7 +38,8 @@ _SHA_OF = "the samples of the file as 16-bit little-endian PCM, channels interle
 
 @dataclass(frozen=True)
 class Settings:
-    """How sound becomes files: `format` and `loudness` as on the command line, JSON and tokens beside it or not."""
+    """How sound becomes files: `format` and `loudness` (a strategy) as on the command line; with `sidecar` and `tokens`
+    JSON and .npz beside it; with `tags` the tags of the piece inside."""
 
     format: str = "wav"
     loudness: str = "loudness"

@@ -40,17 +40,23 @@ class Options:
         model, text_encoder, style_encoder, revision, cache_dir: as for `MusicGen.get_pretrained`.
         device, precision: None picks what suits the machine.
         seed: of the run; seeds of pieces follow from it and their ids.
+        compat: padding of texts, 'isolated' or 'audiocraft'; see `conditioning`.
         params: of pieces whose line does not say.
-        settings, layout: how sound becomes files, one each ('files') or in tars ('webdataset').
+        settings, layout: how sound becomes files, one each ('files') or in tars ('webdataset') of
+            shard_pieces pieces.
         filename: template, see `names.plan_names`.
         input_root: recordings lie below it; None: the manifest's folder.
+        manifest_format, ignore_extra, limits: how the manifest is read, see `read_manifest`.
         rules: what becomes of the results of earlier runs. shard: the part that this run makes.
         limit: only the first pieces of the shard. max_failures: the run ends when so many failed.
         batch_size: pieces made at once, None: from the memory. writers: threads that encode.
         item_timeout: seconds for one piece, None: no end.
         engine: 'local', this process, or 'ray', several of them; see `ray_engine.py` for address, workers and
             gpus_per_worker.
-        progress: of `progress.MODES`, None: by the terminal.
+        progress: of `progress.MODES`, None: by the terminal. quiet: errors only.
+
+    Raises:
+        ValueError: a value that a run cannot have.
     """
 
     manifest: str | Path
@@ -106,7 +112,10 @@ class Options:
 
 @dataclass(frozen=True)
 class Plan:
-    """A run that can be made. `items`: of this shard, as in the manifest; `stems`: key -> name of its file."""
+    """A run that can be made. `items`: of this shard, as in the manifest; `stems`: key -> name of its file.
+
+    `options`: what was asked for; `inputs`: the recordings.
+    """
 
     options: Options
     items: list[Item]
@@ -115,10 +124,14 @@ class Plan:
 
     @property
     def folder(self) -> Path:
+        """Where everything of the run goes."""
         return Path(self.options.output_dir)
 
     def identity(self, weights: str, precision: str) -> Identity:
-        """What all pieces share, once it is known what the model's weights are; see `identity.weights_hash`."""
+        """What all pieces share, once it is known what the model's weights are; see `identity.weights_hash`.
+
+        `precision`: as it is used, not None.
+        """
         from .. import __version__
 
         options = self.options
@@ -138,7 +151,7 @@ class Plan:
         return files_present(self.folder, self.options.settings.suffixes)
 
     def file(self, name: str, suffix: str) -> Path:
-        """A file of the run itself: `ledger.jsonl`, or `ledger-3-of-16.jsonl` for a shard."""
+        """A file of the run itself, `name` and `suffix`: `ledger.jsonl`, or `ledger-3-of-16.jsonl` for a shard."""
         shard = self.options.shard.name
         return self.folder / (f"{name}-{shard}{suffix}" if shard else f"{name}{suffix}")
 

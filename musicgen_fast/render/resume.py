@@ -56,9 +56,10 @@ class Task:
 
 @dataclass(frozen=True)
 class Decision:
-    """`action`: 'render', 'skip' (done) or 'failed' (left). `attempt`: the number of the next one, from 1.
+    """What becomes of a `task`. `action`: 'render', 'skip' (done) or 'failed' (left).
 
-    `alone`: nothing else may be under way with it. `line`: the ledger's, for what is not rendered.
+    `attempt`: the number of the next one, from 1. `alone`: nothing else may be under way with it. `line`: the ledger's,
+    for what is not rendered.
     """
 
     task: Task

@@ -63,7 +63,7 @@ class Session:
         """Take the folder and find out what is left to do.
 
         Args:
-            weights: `identity.weights_hash`. precision: as it is used, not None.
+            plan: what to make. weights: `identity.weights_hash`. precision: as it is used, not None.
             facts: for ledger, summary and report: device, versions.
 
         Raises:
@@ -142,13 +142,14 @@ class Session:
         self, decision: Decision, wav: Tensor, sample_rate: int, tokens: Tensor | None = None,
         facts: Mapping[str, Any] | None = None,
     ) -> None:  # fmt: skip
-        """A piece is made: wav float [C, n], on the CPU best. Waits while the writer's queue is full."""
+        """The piece of a `decision` is made: wav float [C, n] of `sample_rate` Hz, `tokens` [K, T] or None, both on the
+        CPU best; `facts` for its line. Waits while the writer's queue is full."""
         piece = Piece(decision.task, wav, sample_rate, tokens, decision.attempt, {**self.facts, **(facts or {})})
         self._writer.submit(piece)
 
     def fail(self, decision: Decision, error: BaseException | str, final: bool | None = None) -> None:
-        """A piece failed. It comes back through `retries`, unless another attempt was of no use (`final`; None: where
-        the error is about values, which will be the same again) or this was the last."""
+        """The piece of a `decision` failed. It comes back through `retries`, unless another attempt was of no use
+        (`final`; None: where the `error` is about values, which will be the same again) or this was the last."""
         task, rules = decision.task, self.plan.options.rules
         if final is None:
             final = isinstance(error, (ValueError, TypeError))

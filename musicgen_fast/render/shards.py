@@ -16,7 +16,7 @@ __all__ = ["Shard", "from_environment", "parse_shard"]
 
 @dataclass(frozen=True)
 class Shard:
-    """Number `index`, from 1, of `count`."""
+    """Number `index`, from 1, of `count`; ValueError unless there is such a one."""
 
     index: int = 1
     count: int = 1

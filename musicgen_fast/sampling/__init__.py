@@ -21,7 +21,10 @@ __all__ = ["Draw", "SamplingParams", "draw", "filtered_probs", "raise_on_failure
 
 
 def draw(inputs: Draw, backend: str = "auto") -> None:
-    """Draws one column and writes it where `inputs` says; see `Draw`. Nothing is checked, and no device waited for."""
+    """Draws one column and writes it where `inputs` says; see `Draw`. Nothing is checked, and no device waited for.
+
+    `backend`: as for `sample`.
+    """
     choose(backend, inputs.logits.device)(inputs)
 
 
@@ -40,6 +43,9 @@ def sample(
     backend: str = "auto",
 ) -> Tensor:
     """Draw one token per request and codebook from logits of your own.
+
+    Guidance as in audiocraft; top-k, top-p (Holtzman et al. 2020) and min-p (Nguyen et al. 2024); the noise is
+    Philox4x32-10 (Salmon et al. 2011).
 
     Args:
         logits: [NB, B, K, V] float32, float16 or bfloat16, V up to 4096; NB = 1, 2 (conditional, null: CFG) or 3 (text
@@ -91,11 +97,14 @@ def filtered_probs(
 ) -> Tensor:
     """The distribution that `sample` draws from with the same arguments, for inspection and plots.
 
+    `logits`, `cfg_coef`, `cfg_coef_beta`, `temperature`, `top_k`, `top_p`, `min_p`: as for `sample`.
+
     Returns:
         float32 [B, K, V] on the device of the logits: 0 outside of the filters, rows that sum to 1; one-hot where
         greedy.
 
-    Raises what `sample` raises.
+    Raises:
+        TypeError, ValueError: as for `sample`.
     """
     logits = _checked(logits)
     _, batch, num_codebooks, _ = logits.shape

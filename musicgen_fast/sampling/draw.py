@@ -57,7 +57,8 @@ class SamplingParams:
         top_p: float | Tensor = 0.0,
         min_p: float | Tensor = 0.0,
     ) -> SamplingParams:
-        """Numbers, [B] or [B, K] values (coefficients: numbers or [B]) become tensors on `device`.
+        """Numbers, [B] or [B, K] values (coefficients: numbers or [B]) become tensors on `device`; B is `batch` and K
+        `num_codebooks`.
 
         Raises ValueError for NaN and for shapes that do not fit, TypeError for what is no number.
         """
@@ -96,6 +97,7 @@ class Draw:
 
     Attributes:
         logits: [NB, B, K, V], a dtype of `DTYPES`, the last dimension contiguous.
+        params: guidance, temperature and filters of every cell.
         seed, step, stream: int64 [B], the counters of the noise; None where `noise` is given or all cells are greedy.
         noise: float32 [B, K, V], E of every token, for the tokens of audiocraft and transformers.
         divide: divide by the temperature, as those two do on a CPU, instead of multiplying by its inverse.
@@ -120,7 +122,8 @@ class Draw:
 
 
 def signed_seed(seed: int) -> int:
-    """A seed of 64 bits, signed or unsigned, as int64: the bit pattern counts. Anything else raises."""
+    """A seed of 64 bits, signed or unsigned, as int64: the bit pattern counts. TypeError for what is no int, ValueError
+    for more bits."""
     if isinstance(seed, bool) or not hasattr(seed, "__index__"):
         raise TypeError(f"a seed must be an int, got {type(seed).__name__}")
     value = operator.index(seed)
@@ -130,7 +133,7 @@ def signed_seed(seed: int) -> int:
 
 
 def raise_on_failure(status: Tensor) -> None:
-    """ValueError that names the (request, codebook) cells where no token could be chosen. Waits for the device."""
+    """ValueError that names the cells of `status` [B, K] where no token could be chosen. Waits for the device."""
     if status.any():
         cells = [tuple(cell) for cell in status.nonzero()[:8].tolist()]
         raise ValueError(

@@ -92,6 +92,7 @@ class Encoder(nn.Module):
         self.last = Conv(width, config.dimension, config.last_kernel_size, config.pad_mode)
 
     def forward(self, wav: Tensor) -> Tensor:
+        """[B, n, channels] -> latents [B, ceil(n / hop), dimension]."""
         x = self.downsample(wav)
         if self.lstm is not None:
             x, _ = self.lstm(x)
@@ -130,6 +131,7 @@ class Decoder(nn.Module):
         self.last = Conv(width, config.channels, config.last_kernel_size, config.pad_mode)
 
     def forward(self, latents: Tensor) -> Tensor:
+        """[B, T, dimension] -> [B, T hop, channels]."""
         x = self.first(latents)
         if self.lstm is not None:
             x, _ = self.lstm(x)
