@@ -32,13 +32,18 @@ from .providers import PROVIDERS
 __all__ = ["in_own_process", "measure"]
 
 
-def in_own_process(job: Job, task: str = "time", timeout: float | None = None) -> dict[str, Any]:
-    """The answer of a fresh process; {"absent": the last line of its errors} if it fails or is not done in time."""
+def in_own_process(
+    job: Job, task: str = "time", timeout: float | None = None, module: str = "worker"
+) -> dict[str, Any]:
+    """The answer of a fresh process; {"absent": the last line of its errors} if it fails or is not done in time.
+
+    `module`: of this package; called with the task and the job's fields, it prints the answer as its last line.
+    """
     path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
     settings = {"OMP_NUM_THREADS": str(job.threads), "PYTHONPATH": path}
     if job.model.startswith("random:"):
         settings["HF_HUB_OFFLINE"] = "1"
-    command = [sys.executable, "-m", f"{__package__}.worker", task, json.dumps(asdict(job))]
+    command = [sys.executable, "-m", f"{__package__}.{module}", task, json.dumps(asdict(job))]
     try:
         done = subprocess.run(
             command, env={**os.environ, **settings}, capture_output=True, text=True, timeout=timeout
