@@ -33,7 +33,7 @@ LEAST = 8.0  # seconds that a section is worth starting for
 
 @dataclass(frozen=True)
 class Section:
-    """A script of this folder, seconds that it may take, and whether it is a check."""
+    """A script of this folder (or -m and a module), seconds that it may take, and whether it is a check."""
 
     command: str
     limit: float
@@ -44,7 +44,10 @@ def _part(script: str, name: str, limit: float, check: bool = False) -> dict[str
     return {name: Section(f"{script}.py --part {name}", limit, check)}
 
 
-SAMPLER = "bench_sampler.py --batch 1,16 --codebooks 4 --filters top_k250,top_p0.9 --dtype float16 --seconds 0.1"
+SAMPLER = (
+    "-m musicgen_fast bench sampler --batch 1,16 --codebooks 4 --filters top_k250,top_p0.9 --precision float16"
+    " --seconds 0.1"
+)
 SECTIONS: dict[str, Section] = {
     **_part("gpu_sampler", "golden:triton", 60, True),
     **_part("gpu_sampler", "golden:cuda", 60, True),
@@ -80,7 +83,8 @@ def run_section(name: str, device: str, tiny: bool, limit: float) -> dict[str, A
     with tempfile.TemporaryDirectory() as folder:
         found, said = Path(folder) / "lines.jsonl", Path(folder) / "output.txt"
         script, *options = section.command.split()
-        command = [sys.executable, str(HERE / script), *options, "--device", device, "--json", str(found)]
+        start_of = ["-m"] if script == "-m" else [str(HERE / script)]
+        command = [sys.executable, *start_of, *options, "--device", device, "--json", str(found)]
         ended = _run(command + ["--tiny"] * (tiny and script.startswith("gpu_")), said, max(1.0, limit))
         output = said.read_text(errors="replace")
         print(output, end="", flush=True)

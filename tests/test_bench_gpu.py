@@ -21,6 +21,7 @@ import torch
 from musicgen_fast import native
 from musicgen_fast.bench import worker
 from musicgen_fast.bench.job import Job
+from musicgen_fast.cli import build_parser
 from musicgen_fast.machine import ReadSpeed
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -249,7 +250,10 @@ for arch, pdl in ((80, False), (90, False), (90, True), (120, True)):
 def test_the_report_needs_no_more_than_torch():
     """A GPU machine may lack what a whole model or the tests need."""
     absent = ["pytest", "soundfile", "julius", "einops", "sentencepiece", "transformers", "audiocraft", "yaml", "tqdm"]
-    scripts = "gpu_report, gpu_sampler, gpu_checks, gpu_failures, gpu_floor, gpu_steps, gpu_tests, bench_sampler"
+    scripts = "gpu_report, gpu_sampler, gpu_checks, gpu_failures, gpu_floor, gpu_steps, gpu_tests"
+    sampler = (
+        "bench sampler -d cpu --batch 1 --filters none --providers draw:torch,transformers --rounds 1 --seconds .01"
+    )
     code = f"""
 import sys; sys.modules.update(dict.fromkeys({absent})); del sys.modules["einops"]
 class Missing:
@@ -257,12 +261,29 @@ class Missing:
         if name == "einops": raise ImportError(name)
 sys.meta_path.insert(0, Missing())
 import {scripts}
+from musicgen_fast.cli import main
+assert main({sampler.split()}) == 0
 lines = gpu_steps.Lines(None)
 gpu_steps.start(gpu_steps.Bench("cpu", True), lines)
 gpu_checks.exact(gpu_steps.Bench("cpu", True), lines)
 """
     done = run("-c", code)
     assert done.returncode == 0 and done.stdout.count('"status": "passed"') == 2, done.stderr
+
+
+def test_the_sampler_section_is_a_command_that_there_is(monkeypatch):
+    """What the report asks for is understood; a short one runs, and its lines come back."""
+    python, module, *argv = report.SAMPLER.split()
+    args = build_parser()[0].parse_args(argv)
+    assert (python, module, args.command) == ("-m", "musicgen_fast", "bench sampler") and args.precision == ["float16"]
+    short = f"{report.SAMPLER} --batch 1 --filters none --rounds 1 --providers audiocraft,draw:torch"
+    monkeypatch.setitem(report.SECTIONS, "sampler", report.Section(short, 100))
+    found = report.run_section("sampler", "cpu", True, 100)
+    assert found["status"] == "done", found
+    assert [(line["provider"], line["parity"]) for line in found["lines"]] == [
+        ("audiocraft", None),
+        ("draw:torch", True),
+    ]
 
 
 def test_the_whole_report_in_processes(tmp_path):

@@ -1,85 +1,33 @@
-"""The samplers that `bench_sampler.py` times: audiocraft's chain, transformers, torch.compile, FlashInfer, vLLM, ours.
+"""The samplers that `bench sampler` times: audiocraft's chain, transformers, torch.compile, FlashInfer, vLLM, ours.
 
 Each is built for one `Case` and then maps the same stacked logits [2, B, K, V] (conditional, null) to tokens [B, K].
 The chain of audiocraft is written here from its behaviour: guidance, temperature, softmax, filter, multinomial. It is
-kinder than the original on a GPU, where that one also copies an index from the host. Knows nothing of timing.
+kinder than the original on a GPU, where that one also copies an index from the host; it needs no audiocraft. Knows
+nothing of timing.
 """
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from musicgen_fast.sampling import Draw, SamplingParams, draw, sample
-from musicgen_fast.sampling.backends import why_not
-from musicgen_fast.sampling.noise import divides, multinomial_noise
+from ..sampling import Draw, SamplingParams, draw, sample
+from ..sampling.backends import BACKENDS, why_not
+from ..sampling.noise import divides, multinomial_noise
+from .sampler_case import AbsentError, Case, first_line
+
+__all__ = [
+    "COLUMNS", "REFERENCE", "SAMPLERS", "SEED", "Sampler", "build", "default_names", "is_ours", "reset", "tokens_of",
+]  # fmt: skip
 
 Sampler = Callable[[Tensor], Any]  # logits [2, B, K, V] -> tokens [B, K]; ours may keep them: see `tokens_of`
 
-DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 COLUMNS = 256  # of the sequence that `draw` and `noise` fill; then it is emptied: 1 call in 256 pays for that
 SEED = 7
-
-
-class AbsentError(Exception):
-    """This sampler cannot run here; says why. (Not the one of `providers.py`: that needs all that a model needs.)"""
-
-
-@dataclass(frozen=True)
-class Case:
-    """What is sampled. `filter` is none, top_kN or top_pX; guidance of two branches."""
-
-    device: str = "cpu"
-    batch: int = 1
-    codebooks: int = 4
-    filter: str = "top_k250"
-    dtype: str = "float32"
-    vocab: int = 2048
-    cfg_coef: float = 3.0
-    temperature: float = 1.0
-
-    def __post_init__(self) -> None:
-        if not re.fullmatch(r"none|top_k[1-9]\d*|top_p0?\.\d+", self.filter):
-            raise ValueError(f"a filter is none, top_k250 or top_p0.9 with numbers of your own, got {self.filter!r}")
-        if self.dtype not in DTYPES:
-            raise ValueError(f"a dtype is one of {', '.join(DTYPES)}, got {self.dtype!r}")
-        if min(self.batch, self.codebooks) < 1:
-            raise ValueError(f"batch and codebooks must be at least 1, got {self.batch} and {self.codebooks}")
-
-    @property
-    def top_k(self) -> int:
-        return int(self.filter[5:]) if self.filter.startswith("top_k") else 0
-
-    @property
-    def top_p(self) -> float:
-        return float(self.filter[5:]) if self.filter.startswith("top_p") else 0.0
-
-    @property
-    def title(self) -> str:
-        return f"batch {self.batch}, {self.codebooks} codebooks, {self.filter}, {self.dtype}"
-
-    def logits(self) -> Tensor:
-        """[2, B, K, V] normal with deviation 2.5, the null branch near the conditional one."""
-        generator = torch.Generator().manual_seed(self.batch * 100 + self.codebooks)
-        shape = (self.batch, self.codebooks, self.vocab)
-        cond = torch.randn(shape, generator=generator) * 2.5
-        null = cond + 0.5 * torch.randn(shape, generator=generator)
-        return torch.stack([cond, null]).to(self.device, DTYPES[self.dtype])
-
-    def numbers(self) -> dict[str, Any]:
-        """The arguments that `sample` and `SamplingParams.build` share."""
-        return {
-            "cfg_coef": self.cfg_coef,
-            "temperature": self.temperature,
-            "top_k": self.top_k,
-            "top_p": self.top_p,
-        }
 
 
 def tokens_of(sampler: Sampler, logits: Tensor) -> Tensor:
@@ -89,25 +37,25 @@ def tokens_of(sampler: Sampler, logits: Tensor) -> Tensor:
 
 
 def reset(sampler: Sampler) -> None:
-    """Back to the first column, for those that write into a sequence; the others have no state."""
-    if isinstance(sampler, IntoSequence):
+    """Ours back to the first column; the others have no state but torch's generator."""
+    if isinstance(sampler, (IntoSequence, PublicCall)):
         sampler.reset()
 
 
-def first_line(error: Exception) -> str:
-    return f"{type(error).__name__}: {(str(error).strip().splitlines() or ['no message'])[0][:200]}"
-
-
 def build(name: str, case: Case) -> Sampler:
-    """The sampler `name` of `peers(case.device)`, tried once. Raises AbsentError with the reason where it fails."""
+    """The sampler `name` of `SAMPLERS`, tried once. Raises AbsentError with the reason where it fails.
+
+    Tokens that are none make a peer absent; ours are compared with the reference, which says more.
+    """
     try:
-        sampler = peers(case.device)[name](case)
+        sampler = SAMPLERS[name](case)
         tokens = tokens_of(sampler, case.logits())
     except AbsentError:
         raise
     except Exception as error:  # whatever a compiler or a foreign library throws: the others go on
         raise AbsentError(first_line(error)) from error
-    if tokens.shape != (case.batch, case.codebooks) or tokens.min() < 0 or tokens.max() >= case.vocab:
+    cells = (case.batch, case.codebooks)
+    if not is_ours(name) and (tokens.shape != cells or tokens.min() < 0 or tokens.max() >= case.vocab):
         raise AbsentError(f"returned tokens that are none: {list(tokens.shape)}, {tokens.flatten()[:8].tolist()}")
     return sampler
 
@@ -172,6 +120,7 @@ def transformers(case: Case) -> Sampler:
 
 def flashinfer(case: Case) -> Sampler:
     """Its rejection samplers; it has none for guidance, which runs in torch."""
+    _needs_cuda(case)
     try:
         from flashinfer import sampling
     except ImportError as error:
@@ -192,6 +141,7 @@ def flashinfer(case: Case) -> Sampler:
 
 def vllm(case: Case) -> Sampler:
     """Its own filters (Triton from 8 rows up) and its draw; guidance runs in torch."""
+    _needs_cuda(case)
     try:
         from vllm.v1.sample.ops.topk_topp_sampler import apply_top_k_top_p, random_sample
     except ImportError as error:
@@ -206,6 +156,11 @@ def vllm(case: Case) -> Sampler:
         return random_sample(probs, {}).view(case.batch, case.codebooks)
 
     return run
+
+
+def _needs_cuda(case: Case) -> None:
+    if torch.device(case.device).type != "cuda":
+        raise AbsentError("it needs logits on a CUDA device")
 
 
 # -- ours ------------------------------------------------------------------------------------------------------------
@@ -253,14 +208,18 @@ class IntoSequence:
 
 
 class PublicCall:
-    """`musicgen_fast.sampling.sample` with numbers, a new step at each call."""
+    """`musicgen_fast.sampling.sample` with numbers, one seed for all requests, a new step at each call."""
 
     def __init__(self, case: Case, backend: str) -> None:
-        self.given, self.backend, self.step = case.numbers(), backend, 0
+        self.given, self.backend = case.numbers(), backend
+        self.reset()
+
+    def reset(self) -> None:
+        self.next = 0
 
     def __call__(self, logits: Tensor) -> Tensor:
-        self.step += 1
-        return sample(logits, **self.given, seed=SEED, step=self.step, backend=self.backend)
+        self.next += 1
+        return sample(logits, **self.given, seed=SEED, step=self.next - 1, backend=self.backend)
 
 
 def ours(form: str, backend: str, case: Case) -> Sampler:
@@ -271,17 +230,23 @@ def ours(form: str, backend: str, case: Case) -> Sampler:
 
 FORMS = ("sample", "draw", "noise")
 REFERENCE = "audiocraft"
-_BACKENDS = {"cpu": ("torch", "cpu"), "cuda": ("torch", "triton", "cuda")}
+SAMPLERS: dict[str, Callable[[Case], Sampler]] = {  # what cannot run on a device says so when it is built
+    REFERENCE: lambda case: partial(audiocraft_chain, case=case),
+    "transformers": transformers,
+    "compiled": compiled,
+    "flashinfer": flashinfer,
+    "vllm": vllm,
+    **{f"{form}:{backend}": partial(ours, form, backend) for backend in BACKENDS for form in FORMS},
+}
 
 
-def peers(device: str) -> dict[str, Callable[[Case], Sampler]]:
-    """By name, all that can be asked for on a device; what is missing there says so when it is built."""
-    kind = torch.device(device).type
-    known: dict[str, Callable[[Case], Sampler]] = {
-        REFERENCE: lambda case: partial(audiocraft_chain, case=case),
-        "transformers": transformers,
-        "compiled": compiled,
-    }
-    if kind == "cuda":
-        known |= {"flashinfer": flashinfer, "vllm": vllm}
-    return known | {f"{form}:{backend}": partial(ours, form, backend) for backend in _BACKENDS[kind] for form in FORMS}
+def is_ours(name: str) -> bool:
+    return ":" in name
+
+
+def default_names(device: str | torch.device) -> list[str]:
+    """What is of interest on a device, installed or not: all that could run there."""
+    cuda = torch.device(device).type == "cuda"
+    backends = ("torch", "triton", "cuda") if cuda else ("torch", "cpu")
+    peers = [REFERENCE, "transformers", "compiled", *(("flashinfer", "vllm") if cuda else ())]
+    return peers + [f"{form}:{backend}" for backend in backends for form in FORMS]
