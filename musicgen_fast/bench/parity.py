@@ -23,7 +23,7 @@ from . import openvino_peer
 from .job import Job
 from .providers import OURS, conditions_for
 
-__all__ = ["COMPARED", "LIMITS", "parity", "verdict"]
+__all__ = ["COMPARED", "LIMITS", "decoder_logits", "parity", "verdict"]
 
 COMPARED = (OURS, "openvino")  # the others have random weights of their own
 # Norm of the difference over the norm of the logits, over all positions, against the weights before they are rounded.
@@ -100,9 +100,24 @@ class _Recorder(Sampler):
 
 
 def _logits(lm: Any, conditions: Conditions, codes: Tensor) -> Tensor | None:
-    """[branches, columns, K, V] of a decoder that is given known tokens step by step; None if it asks no sampler."""
+    """[branches, columns, K, V] of one request, see `decoder_logits`."""
+    found = decoder_logits(lm, conditions, codes)
+    return None if found is None else found[:, 0]
+
+
+def decoder_logits(lm: Any, conditions: Conditions, codes: Tensor) -> Tensor | None:
+    """What a decoder, KV cache included, makes of known tokens step by step.
+
+    Args:
+        lm: an `LMModel`; its decoder is asked.
+        codes: int64 [B, K, T], on its device.
+
+    Returns:
+        float32 [branches, B, columns, K, V], of the columns from the first that holds a frame; None where the decoder
+        asks no sampler.
+    """
     config: ModelConfig = lm.config
-    recorder = _Recorder(SamplingParams.build(1, config.num_codebooks, lm.device))
+    recorder = _Recorder(SamplingParams.build(len(codes), config.num_codebooks, lm.device))
     recorder.kept = []
     pattern = build_pattern(config.pattern, config.num_codebooks, codes.shape[2])
     room = max(conditions.prefix_lengths()) + pattern.num_steps
@@ -113,7 +128,7 @@ def _logits(lm: Any, conditions: Conditions, codes: Tensor) -> Tensor | None:
     lm.decoder.prefill(state)
     while not state.done:
         lm.decoder.step(state)
-    return torch.cat(recorder.kept, dim=1) if recorder.kept else None
+    return torch.stack(recorder.kept, dim=2) if recorder.kept else None
 
 
 @torch.no_grad()
