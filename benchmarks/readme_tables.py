@@ -81,13 +81,14 @@ def _beside_the_steps(lines: list[Line]) -> str:
     int8, fp32 = of("step", "int8"), of("step", "float32")
     eight = of("batch", "int8", requests=8)["times"]
     alone, busy = of("busy", "int8", busy_core=False), of("busy", "int8", busy_core=True)
+    times = int8["times"]
     return (
-        f"So int8 is {int8['times']['transformers']:.1f} times as fast as transformers' best, "
-        f"{int8['times']['audiocraft']:.1f} times as audiocraft, {int8['times']['openvino']:.1f} times as OpenVINO; fp32 "
+        f"So int8 is {times['transformers']:.1f} times as fast as transformers' best, {times['audiocraft']:.1f} times "
+        f"as audiocraft, {times['openvino']:.1f} times as OpenVINO; fp32 "
         f"{fp32['times']['transformers, same precision']:.1f} times as transformers' fp32. Eight requests at once give "
-        f"{eight['audio of one, 30 s']:.1f} times the sound of one ({eight['audio of one, 10 s']:.1f} times in clips of "
-        f"10 s). With another process on one of the cores a step takes {busy['ms_per_step']:.1f} ms; one thread alone "
-        f"takes {alone['ms_per_step']:.1f}."
+        f"{eight['audio of one, 30 s']:.1f} times the sound of one ({eight['audio of one, 10 s']:.1f} times in clips "
+        f"of 10 s). With another process on one of the cores a step takes {busy['ms_per_step']:.1f} ms; one thread "
+        f"alone takes {alone['ms_per_step']:.1f}."
     )
 
 
@@ -153,10 +154,10 @@ def stream(lines: list[Line]) -> str:
         rows.append([
             f"{_size(line['model'])}: {_named(line)} {_SHORT.get(line['precision'], line['precision'])}",
             f"**{first}**" if ours else first, f"{line['ttfa_cold_ms'] / 1000:.2f}",
-            "never" if silent < 0.0005 else f"{silent:.2f} s", f"{line['head_start_s']:.2f} s",
+            "never" if silent < 0.0005 else f"{silent:.2f} s",
             f"**{line['rtfx']:.2f}**" if ours else f"{line['rtfx']:.2f}", f"{line['peak_mib'] / 1024:.2f} GiB",
         ])  # fmt: skip
-    heads = ["stream of", "first sound after, s", "in a fresh process", "player runs dry", "head start needed"]
+    heads = ["stream of", "first sound after, s", "in a fresh process", "a player is silent for"]
     return _table([*heads, "x real time", "memory"], rows)
 
 
@@ -172,7 +173,7 @@ def throughput(lines: list[Line]) -> str:
         rows.append([
             f"{_size(line['model'])}, {line['pieces']} pieces of {short:g} to {long:g} s",
             f"{way} {_SHORT.get(line['precision'], line['precision'])}",
-            f"**{sound}**" if ours else sound, *(_times(line[f"times_{other}"]) for other in ("generate", "transformers")),
+            f"**{sound}**" if ours else sound, _times(line["times_generate"]), _times(line["times_transformers"]),
             "" if used is None else f"{used:.0f} %", f"{line['seconds_to_first_file']:.1f} s",
             f"{line['peak_mib'] / 1024:.2f} GiB",
         ])  # fmt: skip

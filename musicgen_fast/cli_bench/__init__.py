@@ -7,11 +7,11 @@ from __future__ import annotations
 
 import argparse
 
-from . import compare, latency
+from . import compare, latency, plot, quality, sampler, stream, throughput
 
 __all__ = ["add_commands"]
 
-KINDS = (latency, compare)
+KINDS = (latency, throughput, stream, sampler, quality, compare, plot)
 
 
 def add_commands(commands: argparse._SubParsersAction) -> dict[str, argparse.ArgumentParser]:
