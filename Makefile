@@ -55,8 +55,19 @@ docs: ## guides and reference as a site, in out/site
 	  $$(sed -n '/^docs = \[/,/^\]/s/^ *"\([^"]*\)",.*/\1/p' pyproject.toml); }
 	NO_MKDOCS_2_WARNING=1 out/.venv-docs/bin/python -m mkdocs build --strict
 
-bench: $(READY) ## the CPU benchmarks; saved under .benchmarks/
-	$(PY) -m pytest benchmarks -o python_files='bench_*.py test_*.py' -m "not gpu" --benchmark-only --benchmark-autosave
+# The suites of pytest-benchmark, then every kind of `musicgen-fast bench` at settings that fit into 15 minutes on two cores.
+bench: $(READY) ## the CPU beside what is installed, under 15 minutes: tables, JSON lines and plots in out/bench
+	@rm -rf out/bench && mkdir -p out/bench
+	$(PY) -m pytest benchmarks -o python_files='bench_*.py test_*.py' -m "not gpu" --benchmark-only --benchmark-json=out/bench/suites.json -q
+	@set -e; run() { \
+	  kind=$$1; shift; printf '\n== musicgen-fast bench %s %s\n' $$kind "$$*"; \
+	  $(PY) -m musicgen_fast bench $$kind "$$@" --device cpu --json out/bench/cpu.jsonl > out/bench/$$kind.md; cat out/bench/$$kind.md; }; \
+	run latency -m random:small --precision int8,float32 --positions 16,768,1480 --steps 40 --rounds 1; \
+	run throughput -m demo --pieces 24 --batches 8 --peer-batches 8 --rounds 1; \
+	run stream -m demo --duration 10 --rounds 1; \
+	run sampler --batch 1,16 --rounds 2 --providers audiocraft,transformers,sample:cpu,draw:cpu,noise:cpu,sample:torch; \
+	run quality -m demo --count 8 --duration 5
+	$(PY) -m musicgen_fast bench plot out/bench/cpu.jsonl -o out/bench/plots
 
 bench-gpu: $(READY) ## on a GPU, under ten minutes: every check, then all figures; JSON and plots in benchmarks/results/
 	PYTHONPATH=. $(PY) benchmarks/gpu_report.py --json $(GPU_RESULTS)
