@@ -36,6 +36,7 @@ PEERS = {
     "transformers_compiled": ("float32",),
     "audiocraft": ("float32",),
     "openvino": ("int8",),
+    "fast_musicgen": ("float32", "bfloat16"),
 }
 SECTIONS = ("step", "batch", "threads", "busy")
 

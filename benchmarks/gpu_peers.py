@@ -1,4 +1,4 @@
-"""What others take for a step on this GPU: transformers and audiocraft, eager, in their own processes.
+"""What others take for a step on this GPU: transformers and audiocraft, eager, and fast-musicgen's graph.
 
     python benchmarks/gpu_peers.py --part peers
 
@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import sys
 import tempfile
-from importlib.util import find_spec
 
 from gpu_lines import POSITIONS, Bench, Lines, run_part
 
@@ -19,7 +18,7 @@ from musicgen_fast.bench.latency import quantile
 from musicgen_fast.bench.providers import why_absent
 from musicgen_fast.bench.worker import in_own_process
 
-PROVIDERS = ("transformers", "audiocraft")
+PROVIDERS = ("transformers", "audiocraft", "fast_musicgen")
 LIMIT = 90  # seconds for one of them
 
 
@@ -45,9 +44,6 @@ def peers(bench: Bench, lines: Lines) -> None:
                     measures="peer", provider=provider, precision=precision, position=block["position"], ms=ms,
                     stamps=len(block["ms"]),
                 )  # fmt: skip
-    # Built around Meta's own weights, with no documentation and no licence: nothing here drives it with random ones.
-    why = "installed, but not driven here" if find_spec("fast_musicgen") else "fast-musicgen is not installed"
-    lines.add(measures="peer", provider="fast-musicgen", absent=why)
 
 
 def _tiny_model(folder: str) -> str:

@@ -111,7 +111,7 @@ def test_starting_cold_and_warm():
 @pytest.mark.slow
 def test_peers():
     found = found_by(peers.peers)
-    assert {line["provider"] for line in found} == {"transformers", "audiocraft", "fast-musicgen"}
+    assert {line["provider"] for line in found} == {"transformers", "audiocraft", "fast_musicgen"}
     assert all("absent" in line or line["ms"] > 0 for line in found)
 
 
@@ -363,7 +363,7 @@ def test_averages_over_a_window():
 
 def sections_of(measured: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
     peer = [{"measures": "peer", "provider": "audiocraft", "position": p, "ms": 1e6} for p in (60, 1460)]
-    peer += [{"measures": "peer", "provider": "fast-musicgen", "absent": "not installed"}]
+    peer += [{"measures": "peer", "provider": "fast_musicgen", "absent": "not installed"}]
     large = {**next(m for m in measured["small"] if m["measures"] == "window"), "size": "large", "ms": 2.4}
     found = {name: {"status": "done", "lines": said} for name, said in measured.items()}
     return found | {"peers": {"status": "done", "lines": peer}, "large": {"status": "done", "lines": [large]}}
@@ -371,7 +371,7 @@ def sections_of(measured: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
 
 def test_the_summary(measured):
     said = summary.summary(sections_of(measured) | {"medium": {"status": "skipped", "lines": []}})
-    assert said["peers"]["audiocraft"]["times_v3"] > 12 and said["peers"]["fast-musicgen"]["absent"]
+    assert said["peers"]["audiocraft"]["times_v3"] > 12 and said["peers"]["fast_musicgen"]["absent"]
     met = {target["what"]: target["met"] for target in said["targets"]}
     assert met["ms a step, large"] is True and met["times audiocraft, v3"] is True
     assert met["ms a step, medium"] is None and met["times fast-musicgen, v3"] is None

@@ -191,11 +191,7 @@ def test_other_kinds_of_models(kind, tmp_path):
     assert measure(other.job("transformers")) == {"absent": "transformers is compared on mono text models only"}
 
 
-@pytest.mark.parametrize("written", [False, True])
-def test_transformers_in_float32_is_ours(case, exact, monkeypatch, written):
-    if written:
-        pytest.importorskip("sentencepiece", reason="which makes a vocabulary for a folder of transformers'")
-        monkeypatch.setattr(quality, "_transformers_folder", lambda model: None)
+def test_transformers_in_float32_is_ours(case, exact):
     found = measure(case.job("transformers"))
     assert found["nats_per_token"] == pytest.approx(exact["nats_per_token"], rel=1e-6)
     assert found["logits_error"] < 1e-4 and found["kl_nats"] < 1e-9 and found["same_argmax"] == 1
@@ -204,14 +200,6 @@ def test_transformers_in_float32_is_ours(case, exact, monkeypatch, written):
 def test_transformers_in_bfloat16_is_worse(case):
     found = measure(case.job("transformers", "bfloat16"))
     assert 1e-3 < found["logits_error"] < 0.05 and found["kl_nats"] > 1e-7
-
-
-def test_where_transformers_finds_a_model(case, tmp_path):
-    assert quality._transformers_folder("demo") == quality.EMBEDDED["demo"]
-    assert quality._transformers_folder(case.model) == Path(case.model)
-    assert quality._transformers_folder("random:small") is None
-    (tmp_path / "config.json").write_text('{"model_type": "musicgen_melody"}')
-    assert quality._transformers_folder(str(tmp_path)) is None
 
 
 def test_what_is_not_there_is_absent_and_says_why(case, monkeypatch):

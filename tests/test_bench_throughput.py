@@ -222,7 +222,7 @@ def test_the_peer_runs_the_shapes_of_random_sizes(tmp_path, monkeypatch):
 
 def test_models_that_transformers_cannot_run_are_absent(models, tmp_path):
     for number, (model, durations, why) in enumerate((
-        (models / "melody", [0.1], "on text models only"),
+        (models / "melody", [0.1], "with text models only"),
         (models / "text", [0.1, 1.5], "one window, 1 s here"),
     )):  # fmt: skip
         (tmp_path / str(number)).mkdir()

@@ -202,10 +202,8 @@ SLOWER = Mutation(
     (),
 )
 ROUNDS, TRIES = 3, 3
-STEADY, REPEATS = (
-    1.12,
-    4,
-)  # median / tenth percentile of the steps: 1.05 where nothing else runs, 2 and more where much does
+# Median / tenth percentile of the steps: 1.05 where nothing else runs, 2 and more where much does.
+STEADY, REPEATS = 1.12, 4
 
 
 def bench(tree: Path, *argv: str) -> subprocess.CompletedProcess[str]:
@@ -255,5 +253,8 @@ def test_a_step_that_takes_15_percent_longer_fails_the_comparison(tree: Path, tm
         codes = [one.returncode for one in done]
         if codes == [0, 0, 1, 1] and all("median is" in one.stderr for one in done[2:]):
             return
-        told += [f"try {number + 1}: {codes}", *(said(one) for one in done)]
+        if codes[:2] == [0, 0]:  # the machine was quiet enough to tell, and nothing was told
+            told += [f"try {number + 1}: {codes}", *(said(one) for one in done)]
+    if not told:
+        pytest.skip(f"too busy a machine to time on: in {TRIES} tries the same code differed by more than 5 %")
     pytest.fail("\n".join(told))

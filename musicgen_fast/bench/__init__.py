@@ -8,6 +8,6 @@
     plot, plot_bars (drawing) -> plot_style; plot_data -> plot_steps -> plot_lines pick the numbers
     compare (two files of results)
 
-`job.py` says what a process is asked, `machine.py` what the machine is and how fast it reads memory. Nothing here is
-imported by the rest of the package.
+`transformers_folder.py` is the model that peers load, `job.py` says what a process is asked, `machine.py` what the
+machine is and how fast it reads memory. Nothing here is imported by the rest of the package.
 """

@@ -21,8 +21,6 @@ import torch
 from torch import Tensor
 
 from ..checkpoints import load_checkpoint
-from ..checkpoints.sources import EMBEDDED
-from ..checkpoints.write import write_transformers_folder
 from ..conditioning import Conditioner, ConditioningAttributes
 from ..config import GenerationParams, ModelConfig
 from ..evaluation import Likelihood
@@ -33,6 +31,7 @@ from .job import AbsentError, Job
 from .parity import decoder_logits
 from .providers import OURS, why_absent
 from .quality_clips import Clip, load_clips, save_clips
+from .transformers_folder import load_folder, write_folder
 from .worker import in_own_process
 
 __all__ = ["PROVIDERS", "Answers", "QualityJob", "cell_sums", "jobs_for", "measure", "run", "summary"]
@@ -185,18 +184,9 @@ def _transformers(job: QualityJob, config: ModelConfig) -> Logits:
         raise AbsentError(reason)
     if config.conditioning != "cross" or config.audio_channels != 1:
         raise AbsentError("transformers is compared on mono text models only")
-    import transformers as tf
-
-    tf.logging.set_verbosity_error()
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:  # its files stay mapped
-        try:
-            source = _transformers_folder(job.model) or write_transformers_folder(
-                folder, checkpoint=load_checkpoint(job.model, dtype=None)
-            )
-        except (ValueError, ImportError) as error:
-            raise AbsentError(f"this model cannot be written for transformers: {error}") from None
-        loaded: Any = tf.MusicgenForConditionalGeneration.from_pretrained(source, dtype=job.dtype)
-        model = loaded.to(job.device).eval()
+        write_folder(Path(folder), job.model, None)
+        model = load_folder(Path(folder), job.dtype, job.device)
 
     def logits_of(clips: list[Clip]) -> Iterator[Tensor]:
         for clip in clips:
@@ -210,16 +200,6 @@ def _transformers(job: QualityJob, config: ModelConfig) -> Logits:
             yield model(**given, attention_mask=mask, decoder_input_ids=tokens, use_cache=False).logits.transpose(0, 1)
 
     return logits_of
-
-
-def _transformers_folder(model: str) -> Path | None:
-    """Where the model lies on this disk in transformers' layout, if it does."""
-    path = EMBEDDED.get(model, Path(model))
-    try:
-        content = json.loads((path / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return None
-    return path if isinstance(content, dict) and content.get("model_type") == "musicgen" else None
 
 
 # -- all of them ------------------------------------------------------------------------------------------------------

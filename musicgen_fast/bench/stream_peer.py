@@ -14,13 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..checkpoints import Checkpoint, CheckpointError, load_checkpoint
-from ..checkpoints.random_weights import ByteTokenizer
-from ..checkpoints.write import transformers_config, write_transformers_folder
-from ..conditioning.text import TextTokenizer
-from .job import AbsentError
 from .machine import synchronize
 from .stream import StreamJob
+from .transformers_folder import load_folder, tokenizer_of, write_folder
 
 __all__ = ["TransformersPlayer"]
 
@@ -43,22 +39,11 @@ class TransformersPlayer:
         """Write the model as transformers reads it, in the precision asked for; once for all rounds."""
         dtype = self.job.dtype  # AbsentError for one that it has not
         if not (self.folder / "generation_config.json").is_file():  # written last
-            checkpoint = load_checkpoint(self.job.model, dtype=dtype)
-            _refuse(checkpoint)
-            write_transformers_folder(self.folder, checkpoint=checkpoint)
-        random = self.job.model.startswith("random:")
-        try:
-            self.tokenizer: Any = ByteTokenizer() if random else TextTokenizer.load(self.folder)
-        except CheckpointError as error:
-            raise AbsentError(str(error)) from error
+            write_folder(self.folder, self.job.model, dtype)
+        self.tokenizer = tokenizer_of(self.job.model, self.folder)
 
     def load(self) -> None:
-        import transformers as tf
-
-        tf.logging.set_verbosity_error()
-        tf.logging.disable_progress_bar()
-        kind = tf.MusicgenForConditionalGeneration
-        self.model: Any = kind.from_pretrained(self.folder, dtype=self.job.dtype).eval().to(self.job.device)
+        self.model = load_folder(self.folder, self.job.dtype, self.job.device)
         self.sample_rate = self.model.config.audio_encoder.sampling_rate
         self.frame_rate = self.model.config.audio_encoder.frame_rate
         channels, books = self.model.decoder.config.audio_channels, self.model.decoder.num_codebooks
@@ -136,15 +121,3 @@ class Listener:
         new, self.given = audio[:, self.given : until], until
         if not self.take(new) or last:
             raise Enough
-
-
-def _refuse(checkpoint: Checkpoint) -> None:
-    """AbsentError for a model that is not streamed here: its class has another `generate`, or there is no class."""
-    config = checkpoint.config
-    if config.conditioning != "cross" or checkpoint.packed is not None:
-        what = "packed weights" if checkpoint.packed is not None else "melody and style models"
-        raise AbsentError(f"transformers is streamed on text models only, not with {what}")
-    try:
-        transformers_config(checkpoint)
-    except ValueError as error:
-        raise AbsentError(str(error)) from error

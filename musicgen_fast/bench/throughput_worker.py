@@ -23,6 +23,7 @@ from torch import Tensor
 
 from ..machine import synchronize
 from .job import DTYPES, AbsentError
+from .transformers_folder import load_folder, tokenizer_of, write_folder
 from .worker import peak_bytes
 
 __all__ = ["Facts", "Task", "batches", "loop", "run_transformers", "write_peer"]
@@ -107,33 +108,14 @@ def loop(task: Task) -> Facts:
 def write_peer(task: Task) -> Facts:
     """The model in transformers' layout, and the pieces as ids and frames, into the folder `peer`.
 
-    Any name, folder or random:SIZE becomes one and the same thing: shapes, weights and texts are those that ours runs.
-    Matrices are stored in the precision that the peer will run in. AbsentError for models that it has no class for.
+    Matrices are stored in the precision that the peer will run in. AbsentError: see `write_folder`; and for pieces that
+    are longer than its window.
     """
-    from safetensors.torch import save_file
-
-    from ..checkpoints import load_checkpoint
-    from ..checkpoints.write import generation_config, transformers_config, transformers_tensors
-    from ..conditioning.text import TextTokenizer
-
-    checkpoint = load_checkpoint(task.model, dtype=DTYPES[task.precision])
-    config, text, codec = checkpoint.config, checkpoint.text, checkpoint.codec_config
-    if config.conditioning != "cross" or text is None:
-        raise AbsentError("transformers is timed on text models only")
-    if checkpoint.packed is not None:
-        raise AbsentError("these weights are packed for this project's CPU decoder: give the original checkpoint")
-    rows = _rows(task.manifest)
+    folder, rows = Path(task.peer), _rows(task.manifest)
+    checkpoint = write_folder(folder, task.model, DTYPES[task.precision])
+    config, codec, tokenizer = checkpoint.config, checkpoint.codec_config, tokenizer_of(task.model, folder)
     if max(row["duration"] for row in rows) > config.max_duration:
         raise AbsentError(f"transformers makes one window, {config.max_duration:g} s here: take a lower --longest")
-    try:
-        described = transformers_config(checkpoint)
-    except ValueError as error:
-        raise AbsentError(str(error)) from error
-    folder = Path(task.peer)
-    save_file(transformers_tensors(checkpoint), str(folder / "model.safetensors"), metadata={"format": "pt"})
-    (folder / "config.json").write_text(json.dumps(described))
-    (folder / "generation_config.json").write_text(json.dumps(generation_config(config)))
-    tokenizer = text.tokenizer or TextTokenizer.load(text.tokenizer_folder or "")
     pieces = {
         "sample_rate": codec.sample_rate, "hop": codec.hop_length, "codebooks": config.num_codebooks,
         "delay": config.num_codebooks // config.audio_channels - 1,
@@ -159,16 +141,11 @@ def run_transformers(task: Task) -> Facts:
     Guidance 3, top-k 250. A batch runs to its longest piece; the sounds are cut afterwards. The ids of the texts are
     read beforehand, which favours it a little. Facts as of `loop`.
     """
-    import transformers as tf
-
-    tf.logging.set_verbosity_error()
-    tf.logging.disable_progress_bar()
     told = json.loads((Path(task.peer) / "pieces.json").read_text())
     torch.manual_seed(0)
     began = perf_counter()
     # T5 and codec in it, too: with AMX the codec took 1.1 to 1.3 s in bfloat16 for 8 s of sound, 1.6 in float32
-    model: Any = tf.MusicgenForConditionalGeneration.from_pretrained(task.peer, dtype=DTYPES[task.precision])
-    model.eval().to(task.device)
+    model = load_folder(Path(task.peer), DTYPES[task.precision], task.device)
     synchronize(task.device)
     clock = Clock(
         perf_counter() - began, told["sample_rate"], told["sample_rate"] / told["hop"] * told["codebooks"], task
