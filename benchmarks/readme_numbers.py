@@ -27,30 +27,43 @@ _PLACE = re.compile(r"(<!-- figures: (\w+) -->\n)(.*?)(<!-- end -->)", re.S)
 
 @dataclass(frozen=True)
 class Block:
-    """`file` is how the name of a results file ends, `command` what a stranger types to measure it again."""
+    """`kinds` are the ends of the names of results files, `commands` what a stranger types to measure it again."""
 
-    file: str
+    kinds: tuple[str, ...]
     text: Callable[[list[Line]], str]
-    command: str
+    commands: tuple[str, ...]
 
 
+MACHINE = "cpu-2core"
+BENCH = "musicgen-fast bench"
 BLOCKS = {
-    "steps": Block("cpu-2core-decoder.jsonl", tables.steps, "python benchmarks/bench_cpu.py"),
-    "codec": Block("cpu-2core-codec.jsonl", tables.codec, "python benchmarks/bench_codec.py"),
-    "sampler": Block("cpu-2core-sampler.jsonl", tables.sampler, "musicgen-fast bench sampler --batch 1,64"),
+    "steps": Block(("decoder",), tables.steps, ("python benchmarks/bench_cpu.py",)),
+    "codec": Block(("codec",), tables.codec, ("python benchmarks/bench_codec.py",)),
+    "sampler": Block(("sampler",), tables.sampler, (f"{BENCH} sampler --batch 1,64",)),
     "stream": Block(
-        "cpu-2core-stream.jsonl", tables.stream, "musicgen-fast bench stream -m random:small --duration 30"
+        ("stream", "windows"), tables.stream,
+        (f"{BENCH} stream", f"{BENCH} stream -m random:small --duration 30 --rounds 1",
+         "python benchmarks/bench_stream.py --rounds 2"),
     ),
-    "throughput": Block("cpu-2core-throughput.jsonl", tables.throughput, "musicgen-fast bench throughput"),
-    "precision": Block("cpu-2core-quality.jsonl", tables.precision, "musicgen-fast bench quality"),
-}
+    "throughput": Block(
+        ("throughput",), tables.throughput,
+        (f"{BENCH} throughput --peer-batches 8,16",
+         f"{BENCH} throughput -m random:small --pieces 32 --longest 4 --rounds 1 --peer-batches 8,16"),
+    ),
+    "precision": Block(
+        ("quality",), tables.precision,
+        ("python examples/demo_model/held_out.py --count 32 --seconds 10 -o out/held_out",
+         f"{BENCH} quality --clips out/held_out/songs.jsonl",
+         f"{BENCH} quality -m random:small --count 2 --duration 1.5"),
+    ),
+}  # fmt: skip
 
 
-def newest(ending: str, folder: Path = RESULTS) -> Path:
-    """The results file whose name ends so, the latest date in front. FileNotFoundError where there is none."""
-    found = sorted(folder.glob(f"*-{ending}"))
+def newest(kind: str, folder: Path = RESULTS) -> Path:
+    """The results file of a kind with the latest date in front. FileNotFoundError where there is none."""
+    found = sorted(folder.glob(f"*-{MACHINE}-{kind}.jsonl"))
     if not found:
-        raise FileNotFoundError(f"{folder} holds no results *-{ending}")
+        raise FileNotFoundError(f"{folder} holds no results *-{MACHINE}-{kind}.jsonl")
     return found[-1]
 
 
@@ -62,10 +75,11 @@ def written(readme: str, folder: Path = RESULTS) -> str:
 
     def place(match: re.Match[str]) -> str:
         block = BLOCKS[match[2]]
-        path = newest(block.file, folder)
-        lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-        source = f"Made by `{block.command}`; [results](benchmarks/results/{path.name})."
-        return f"{match[1]}{block.text(lines)}\n\n{source}\n{match[4]}"
+        paths = [newest(kind, folder) for kind in block.kinds]
+        lines = [json.loads(line) for path in paths for line in path.read_text(encoding="utf-8").splitlines()]
+        made = ", ".join(f"`{command}`" for command in block.commands)
+        files = ", ".join(f"[{path.name}](benchmarks/results/{path.name})" for path in paths)
+        return f"{match[1]}{block.text(lines)}\n\nMade by {made}: {files}.\n{match[4]}"
 
     return _PLACE.sub(place, readme)
 

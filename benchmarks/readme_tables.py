@@ -145,20 +145,32 @@ def sampler(lines: list[Line]) -> str:
 
 
 def stream(lines: list[Line]) -> str:
-    """First sound, gaps, speed of streams."""
+    """First sound, silence, speed of streams; then what a change of windows costs."""
     rows = []
-    for line in _measured(lines, "stream"):
+    for line in sorted(_measured(lines, "stream"), key=lambda line: (line["model"], line["provider"])):
         silent = line["audio_underrun_s"]
         ours = line["provider"] == OURS
-        first = f"{line['ttfa_ms'] / 1000:.2f}"
+        first, speed = f"{line['ttfa_ms'] / 1000:.2g}", _number(line["rtfx"])
         rows.append([
             f"{_size(line['model'])}: {_named(line)} {_SHORT.get(line['precision'], line['precision'])}",
-            f"**{first}**" if ours else first, f"{line['ttfa_cold_ms'] / 1000:.2f}",
-            "never" if silent < 0.0005 else f"{silent:.2f} s",
-            f"**{line['rtfx']:.2f}**" if ours else f"{line['rtfx']:.2f}", f"{line['peak_mib'] / 1024:.2f} GiB",
+            f"**{first}**" if ours else first, f"{line['ttfa_cold_ms'] / 1000:.2g}",
+            "never" if silent < 0.0005 else f"{_number(silent)} s of {line['seconds']:g}",
+            f"**{speed}**" if ours else speed, f"{line['peak_mib'] / 1024:.2f} GiB",
         ])  # fmt: skip
     heads = ["stream of", "first sound after, s", "in a fresh process", "a player is silent for"]
-    return _table([*heads, "x real time", "memory"], rows)
+    return _table([*heads, "x real time", "memory"], rows) + "\n\n" + _windows(lines)
+
+
+def _windows(lines: list[Line]) -> str:
+    every = [line for line in lines if line["benchmark"] == "windows"]
+    shadow, prefill = ([line for line in every if line["way"] == way] for way in ("shadow", "prefill"))
+    ratios = [median(line["change"] / line["alone"] for line in way) for way in (shadow, prefill)]
+    beside = 100 * (median(line["beside"] / line["alone"] for line in shadow) - 1)
+    return (
+        f"Where windows change, the next cache is filled beside this window's steps: with {shadow[0]['size']}'s sizes "
+        f"in {shadow[0]['precision']} the longest step around a change takes {ratios[0]:.1f} times a plain one "
+        f"({ratios[1]:.0f} times with a prefill there), a step beside such a shadow {beside:.0f} % longer."
+    )
 
 
 def throughput(lines: list[Line]) -> str:
@@ -169,10 +181,11 @@ def throughput(lines: list[Line]) -> str:
         ours = line["provider"] == OURS
         sound = _number(line["audio_per_second"])
         used = line.get("occupancy_percent")
-        way = f"{_named(line)}: {line['way']}" + (f", {line['batch']} at once" if line["batch"] > 1 else "")
+        who = f"{_named(line)} {_SHORT.get(line['precision'], line['precision'])}"
+        way = f"{who}: {line['way']}" + (f", {line['batch']} at once" if line["batch"] > 1 else "")
         rows.append([
             f"{_size(line['model'])}, {line['pieces']} pieces of {short:g} to {long:g} s",
-            f"{way} {_SHORT.get(line['precision'], line['precision'])}",
+            way,
             f"**{sound}**" if ours else sound, _times(line["times_generate"]), _times(line["times_transformers"]),
             "" if used is None else f"{used:.0f} %", f"{line['seconds_to_first_file']:.1f} s",
             f"{line['peak_mib'] / 1024:.2f} GiB",
@@ -206,7 +219,11 @@ def precision(lines: list[Line]) -> str:
         rows.append([
             f"{_named(line)} {line['precision']}", weights, cache, f"{line['nats_per_token']:.5f}",
             "" if abs(over) < 5e-5 else f"{over:+.3f} %" if abs(over) < 1 else f"{over:+.1f} %",
-            f"{line['kl_nats']:.1e}", " ".join(f"{100 * other['logits_error']:.2g} %" for other in own),
+            f"{line['kl_nats']:.1e}", " ".join(_percent(other["logits_error"]) for other in own),
         ])  # fmt: skip
     heads = ["precision", "weights", "keys and values", "nats per token", "against float32", "KL, nats"]
     return _table([*heads, "logits, random weights"], rows)
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:.2g} %" if share > 1e-5 else "under 0.001 %"
