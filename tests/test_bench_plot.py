@@ -14,7 +14,7 @@ import pytest
 
 from musicgen_fast.bench import plot_data
 from musicgen_fast.bench.plot_data import PLOTS, Bar, Curve, Picture, pictures
-from musicgen_fast.bench.plot_lines import machine_name, read_lines
+from musicgen_fast.bench.result_lines import machine_name, read_lines
 from musicgen_fast.cli import main
 from musicgen_fast.cli_bench import plot as command
 

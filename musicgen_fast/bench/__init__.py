@@ -5,8 +5,8 @@
     stream (rounds, tables) -> stream_worker, stream_peer
     sampler (rounds, parity, tables) -> sampler_peers, sampler_device -> sampler_case
     quality (rounds, sums), quality_lines (tables) -> quality_clips, parity
-    plot, plot_bars (drawing) -> plot_style; plot_data -> plot_steps -> plot_lines pick the numbers
-    compare (two files of results)
+    plot, plot_bars (drawing) -> plot_style; plot_data -> plot_steps pick the numbers
+    compare (two files of results); result_lines (what compare and plot read)
 
 `transformers_folder.py` is the model that peers load, `job.py` says what a process is asked, `machine.py` what the
 machine is and how fast it reads memory. Nothing here is imported by the rest of the package.

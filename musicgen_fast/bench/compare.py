@@ -7,11 +7,12 @@ one, by their median.
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 from typing import Any
+
+from .result_lines import number, read_lines
 
 __all__ = ["Limit", "Change", "changes", "different_machines", "failed", "load", "parse_limit", "table"]
 
@@ -90,15 +91,7 @@ def load(path: str | Path) -> tuple[Results, set[str]]:
     """The measurements of a file, and the machines that made them. OSError; ValueError where a line is no result."""
     found: dict[Key, dict[str, list[float]]] = {}
     machines = set()
-    for number, text in enumerate(Path(path).read_text(encoding="utf-8").splitlines(), 1):
-        if not text.strip():
-            continue
-        try:
-            line = json.loads(text)
-        except ValueError as error:
-            raise ValueError(f"{path}, line {number}: this is no JSON ({error})") from None
-        if not isinstance(line, dict) or "benchmark" not in line:
-            raise ValueError(f"{path}, line {number}: this is no result of a benchmark: it has no field 'benchmark'")
+    for line in read_lines([path]):
         card = line.get("machine") or {}
         machines.add(str(card.get("gpu") or card.get("cpu") or "an unknown machine"))
         values = {metric: value for metric in METRICS if (value := _value(line, metric)) is not None}
@@ -128,8 +121,8 @@ def _value(line: dict[str, Any], metric: str) -> float | None:
             value = value.get("p50")
         elif value is None and isinstance(line.get("ms_per_step"), dict):
             value = line["ms_per_step"].get(metric)
-        if isinstance(value, (int, float)) and not isinstance(value, bool):
-            return float(value)
+        if (found := number(value)) is not None:
+            return found
     return None
 
 

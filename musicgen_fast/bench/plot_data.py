@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from itertools import combinations
 from statistics import median
 
-from .plot_lines import Line, date_of, latest, machine_name, number
+from .result_lines import Line, date_of, latest, machine_name, number
 from .plot_steps import Timed, timed_runs
 
 __all__ = ["OURS", "PLOTS", "Bar", "Curve", "Picture", "Scene", "pictures"]

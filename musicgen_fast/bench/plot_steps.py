@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from statistics import median
 
-from .plot_lines import Line, date_of, latest, number
+from .result_lines import Line, date_of, latest, number
 
 __all__ = ["Timed", "timed_runs"]
 

@@ -52,7 +52,7 @@ def run(args: argparse.Namespace) -> int:
     """Draw and print the paths. ImportError without matplotlib; ValueError where there is nothing to draw; OSError."""
     from ..bench.plot import check_matplotlib, draw
     from ..bench.plot_data import pictures
-    from ..bench.plot_lines import read_lines
+    from ..bench.result_lines import read_lines
 
     check_matplotlib()
     found = pictures(read_lines(args.files), args.only)
