@@ -12,8 +12,8 @@ from dataclasses import dataclass, replace
 from itertools import combinations
 from statistics import median
 
-from .result_lines import Line, date_of, latest, machine_name, number
 from .plot_steps import Timed, timed_runs
+from .result_lines import Line, date_of, latest, machine_name, number
 
 __all__ = ["OURS", "PLOTS", "Bar", "Curve", "Picture", "Scene", "pictures"]
 

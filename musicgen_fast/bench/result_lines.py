@@ -1,4 +1,4 @@
-"""Lines of results as `bench plot` and `bench compare` read them: files, the latest of what repeats, a short name of the machine.
+"""Lines of results as `bench plot` and `bench compare` read them: files, what repeats, a short name of the machine.
 
 Needs no torch; knows no benchmark and no plot.
 """
