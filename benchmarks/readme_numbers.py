@@ -37,7 +37,7 @@ class Block:
 MACHINE = "cpu-2core"
 BENCH = "musicgen-fast bench"
 BLOCKS = {
-    "steps": Block(("decoder",), tables.steps, ("python benchmarks/bench_cpu.py",)),
+    "steps": Block(("decoder",), tables.steps, ("python benchmarks/bench_cpu.py --rounds 2",)),
     "codec": Block(("codec",), tables.codec, ("python benchmarks/bench_codec.py",)),
     "sampler": Block(("sampler",), tables.sampler, (f"{BENCH} sampler --batch 1,64",)),
     "stream": Block(

@@ -37,6 +37,7 @@ def _named(line: Line) -> str:
     """'transformers 5.23.0', 'musicgen_fast'."""
     provider = line["provider"].removesuffix("_compiled")
     version = line["machine"]["versions"].get(_PACKAGES.get(provider, ""), "")
+    provider = provider.replace("fast_musicgen", "fast-musicgen")
     compiled = ", torch.compile" if line["provider"].endswith("_compiled") else ""
     return f"{provider} {version}".strip() + compiled
 

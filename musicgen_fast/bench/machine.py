@@ -26,6 +26,7 @@ __all__ = [
 ROOT = Path(__file__).resolve().parent.parent.parent  # of a checkout; the folder of the packages where it is installed
 _PACKAGES = (
     "musicgen-fast", "torch", "transformers", "tts-webui-audiocraft", "audiocraft", "openvino", "nncf", "triton",
+    "fast-musicgen",
 )  # fmt: skip
 
 
