@@ -14,6 +14,7 @@ from musicgen_fast.config import CodecConfig, ModelConfig, TextConfig
 from musicgen_fast.decoders.torch import TorchDecoder
 from musicgen_fast.model import Transformer
 from musicgen_fast.pattern import UNKNOWN, build_pattern
+from musicgen_fast.place import Place
 from musicgen_fast.sampling import SamplingParams
 from musicgen_fast.state import Branch, Conditions, Sampler, State
 
@@ -50,8 +51,15 @@ def decoder():
 def test_sampler(benchmark, batch, seeded):
     """Guidance, top-k 250 of 2048, one draw for each of 4 codebooks."""
     logits = torch.randn(2, batch, CONFIG.num_codebooks, CONFIG.vocab_size)
-    tokens = benchmark(sampler_for(batch, seeded), logits, 7)
-    assert tokens.shape == (batch, CONFIG.num_codebooks)
+    sampler, place = sampler_for(batch, seeded), Place.allocate(batch, CONFIG.num_codebooks, 1, "cpu")
+    place.column.zero_()
+
+    def draw() -> None:
+        place.sequence.fill_(UNKNOWN)  # a cell that is known is not drawn
+        sampler(logits, place)
+
+    benchmark(draw)
+    assert (place.sequence != UNKNOWN).all() and not place.status.any()
 
 
 @pytest.mark.parametrize("batch", [1, 8])
