@@ -10,9 +10,10 @@ from typing import Any
 import pytest
 import torch
 
+from musicgen_fast.bench.job import AbsentError
 from musicgen_fast.bench.machine import synchronize
 from musicgen_fast.bench.sampler import BURST
-from musicgen_fast.bench.sampler_case import AbsentError, Case
+from musicgen_fast.bench.sampler_case import Case
 from musicgen_fast.bench.sampler_peers import build, default_names
 
 

@@ -37,7 +37,8 @@ class Block:
 MACHINE = "cpu-2core"
 BENCH = "musicgen-fast bench"
 BLOCKS = {
-    "steps": Block(("decoder",), tables.steps, ("python benchmarks/bench_cpu.py --rounds 2",)),
+    "steps": Block(("decoder",), tables.steps, ("python benchmarks/bench_cpu.py --sections step --rounds 2",
+                     "python benchmarks/bench_cpu.py --sections batch,busy --precision int8 --rounds 1")),
     "codec": Block(("codec",), tables.codec, ("python benchmarks/bench_codec.py",)),
     "sampler": Block(("sampler",), tables.sampler, (f"{BENCH} sampler --batch 1,64",)),
     "stream": Block(

@@ -151,14 +151,15 @@ def stream(lines: list[Line]) -> str:
     for line in sorted(_measured(lines, "stream"), key=lambda line: (line["model"], line["provider"])):
         silent = line["audio_underrun_s"]
         ours = line["provider"] == OURS
-        first, speed = f"{line['ttfa_ms'] / 1000:.2g}", _number(line["rtfx"])
+        first, cold, holds = (f"{line[name] / 1000:.2g}" for name in ("ttfa_ms", "ttfa_cold_ms", "first_chunk_ms"))
+        speed = _number(line["rtfx"])
         rows.append([
             f"{_size(line['model'])}: {_named(line)} {_SHORT.get(line['precision'], line['precision'])}",
-            f"**{first}**" if ours else first, f"{line['ttfa_cold_ms'] / 1000:.2g}",
+            f"**{first}**" if ours else first, cold, holds,
             "never" if silent < 0.0005 else f"{_number(silent)} s of {line['seconds']:g}",
             f"**{speed}**" if ours else speed, f"{line['peak_mib'] / 1024:.2f} GiB",
         ])  # fmt: skip
-    heads = ["stream of", "first sound after, s", "in a fresh process", "a player is silent for"]
+    heads = ["stream of", "first sound after, s", "in a fresh process", "it holds, s", "a player is silent for"]
     return _table([*heads, "x real time", "memory"], rows) + "\n\n" + _windows(lines)
 
 
@@ -169,8 +170,9 @@ def _windows(lines: list[Line]) -> str:
     beside = 100 * (median(line["beside"] / line["alone"] for line in shadow) - 1)
     return (
         f"Where windows change, the next cache is filled beside this window's steps: with {shadow[0]['size']}'s sizes "
-        f"in {shadow[0]['precision']} the longest step around a change takes {ratios[0]:.1f} times a plain one "
-        f"({ratios[1]:.0f} times with a prefill there), a step beside such a shadow {beside:.0f} % longer."
+        f"in {shadow[0]['precision']} and windows of {shadow[0]['window']:g} s the longest step around a change takes "
+        f"{ratios[0]:.1f} times a plain one ({ratios[1]:.0f} times with a prefill there), a step beside such a shadow "
+        f"{beside:.0f} % longer."
     )
 
 
@@ -188,11 +190,10 @@ def throughput(lines: list[Line]) -> str:
             f"{_size(line['model'])}, {line['pieces']} pieces of {short:g} to {long:g} s",
             way,
             f"**{sound}**" if ours else sound, _times(line["times_generate"]), _times(line["times_transformers"]),
-            "" if used is None else f"{used:.0f} %", f"{line['seconds_to_first_file']:.1f} s",
-            f"{line['peak_mib'] / 1024:.2f} GiB",
+            "" if used is None else f"{used:.0f} %",
         ])  # fmt: skip
-    heads = ["pieces", "way", "s of sound a second", "x the loop", "x transformers' best batch", "slots in use"]
-    return _table([*heads, "first file", "memory"], rows)
+    heads = ["pieces", "way", "s of sound a second", "x the loop", "x transformers' best batch"]
+    return _table([*heads, "slots in use while pieces wait"], rows)
 
 
 def _times(value: float | None) -> str:

@@ -51,7 +51,10 @@ QUALITY = [
     line("quality", OURS, "int4", percent_over_float32=6.6, kl_nats=0.08),
     line("quality", "transformers", "bfloat16", percent_over_float32=-0.02, kl_nats=None),
 ]
-STREAM = [line("stream", ttfa_cold_ms=800.0, ttfa_ms=500.0), line("stream", "transformers", ttfa_ms=4000.0)]
+STREAM = [
+    line("stream", ttfa_cold_ms=800.0, ttfa_ms=500.0, first_chunk_ms=20.0),
+    line("stream", "transformers", ttfa_ms=4000.0),
+]
 RATES = [line("throughput", way="render", batch=b, durations=[1.0, 4.0], audio_per_second=float(b)) for b in (8, 4)]
 SAMPLER = [
     line("sampler", who, codebooks=4, batch=batch, filter="top_k250", dtype="float32", round=r, us={"p50": us + r})
@@ -143,7 +146,7 @@ def test_sampler_medians_over_rounds_and_four_codebooks() -> None:
 
 def test_quality_and_stream_rows() -> None:
     assert [bar.values for bar in only(QUALITY, "quality").content] == [(0.0, 0.0), (6.6, 0.08), (-0.02, None)]
-    assert [bar.values for bar in only(STREAM, "stream").content] == [(800.0, 500.0), (None, 4000.0)]
+    assert [bar.values for bar in only(STREAM, "stream").content] == [(800.0, 500.0, 20.0), (None, 4000.0, None)]
     newer = line("quality", percent_over_float32=1.0, data="other", machine=CPU | {"date": "2027"})
     assert only([*QUALITY, newer], "quality").content == (Bar(OURS, "int8", (1.0, None)),), "other data: not mixed"
 

@@ -17,8 +17,9 @@ import torch
 
 from musicgen_fast import native
 from musicgen_fast.bench import sampler, sampler_device, sampler_peers
+from musicgen_fast.bench.job import DTYPES, AbsentError
 from musicgen_fast.bench.sampler import Found, Row
-from musicgen_fast.bench.sampler_case import DTYPES, AbsentError, Case
+from musicgen_fast.bench.sampler_case import Case
 from musicgen_fast.cli import main
 from musicgen_fast.cli_bench import sampler as cli
 from musicgen_fast.sampling import Draw, backends, reference

@@ -130,7 +130,8 @@ def test_a_provider_that_fails_is_absent_and_not_tried_again(monkeypatch):
     rows, absent = stream.run_rounds(jobs, 2, lambda _: None, 7)
     assert [r.round for r in rows] == [0, 1] and absent == {("transformers", "float32"): "failed: MemoryError"}
     assert [name for name, *_ in tried] == ["transformers", "musicgen_fast", "musicgen_fast"]
-    assert {rest for _, *rest_of in tried for rest in rest_of} == {"stream", "stream_worker"}
+    assert [task for _, task, _ in tried] == ["prepare", "stream", "stream"]
+    assert {module for *_, module in tried} == {"stream_worker"}
 
 
 def test_rounds_take_turns(monkeypatch):

@@ -19,7 +19,7 @@ __all__ = ["Limit", "Change", "changes", "different_machines", "failed", "load",
 _NAMES = (
     "benchmark", "section", "provider", "way", "precision", "model", "device", "threads", "requests", "text_tokens",
     "busy_core", "steps", "start", "batch", "pieces", "codebooks", "filter", "dtype", "vocab", "window", "data",
-    "clips", "direction", "chunk",
+    "clips", "frames", "direction", "chunk", "peer_chunk",
 )  # fmt: skip
 _ASKED = ("codec", "codec_stream", "stream")  # whose "seconds" are those of the sound, not of the work
 # Metric -> (the fields that may hold it, whether less is better)
@@ -67,7 +67,18 @@ class Change:
         """What tells it from others, for a person."""
         told = dict(self.key)
         words = [str(told[n]) for n in ("provider", "way", "precision", "model", "filter", "direction") if n in told]
-        numbers = ("section", "requests", "batch", "codebooks", "positions", "start", "window", "chunk", "seconds")
+        numbers = (
+            "section",
+            "requests",
+            "batch",
+            "codebooks",
+            "positions",
+            "start",
+            "window",
+            "chunk",
+            "seconds",
+            "durations",
+        )
         return " ".join(words + [f"{n} {told[n]}" for n in numbers if n in told])
 
 
@@ -108,6 +119,8 @@ def _key(line: dict[str, Any]) -> Key:
     named = [(name, line[name]) for name in _NAMES if line.get(name) is not None]
     if line["benchmark"] in _ASKED and "seconds" in line:
         named.append(("seconds", line["seconds"]))
+    if isinstance(line.get("durations"), list):
+        named.append(("durations", tuple(line["durations"])))
     positions = line.get("positions")
     if isinstance(positions, list) and all(isinstance(p, int) for p in positions):
         named.append(("positions", "..".join(map(str, positions))))

@@ -152,10 +152,10 @@ def stream(picture: Picture, theme: Theme) -> Sheet:
     """Two bars a row: cold above warm."""
     bars: list[Any] = sorted(picture.content, key=lambda bar: bar.values[1] or bar.values[0])
     height = Sheet.TOP + Sheet.BOTTOM + 2 * ROW * len(bars) + 0.15
-    told = "milliseconds; cold: the first call of a process, after loading; warm: the calls after it"
+    told = "ms; cold: the first call of a process, after loading; warm: later calls; in brackets the sound that it is"
     sheet = Sheet(picture, theme, height, "Time to the first sound", told)
     names = [label_of(bar.provider, bar.precision) for bar in bars]
-    said = [[f"{value:,.0f} ms {word}" for value, word in _sounds(bar)] for bar in bars]
+    said = [[f"{value:,.0f} ms {word}{_holds(bar, word)}" for value, word in _sounds(bar)] for bar in bars]
     left, room = LEFT + sheet.wide(names) + 0.12, sheet.wide([text for each in said for text in each]) + 0.2
     axes = sheet.axes(left, Sheet.BOTTOM + 0.05, WIDTH - left - room, 2 * ROW * len(bars))
     for row, bar in enumerate(bars):
@@ -171,7 +171,12 @@ def stream(picture: Picture, theme: Theme) -> Sheet:
 
 
 def _sounds(bar: Bar) -> list[tuple[float, str]]:
-    return [(value, word) for value, word in zip(bar.values, ("cold", "warm"), strict=True) if value is not None]
+    return [(value, word) for value, word in zip(bar.values[:2], ("cold", "warm"), strict=True) if value is not None]
+
+
+def _holds(bar: Bar, word: str) -> str:
+    """Of the warm bar: ' (20 ms)'."""
+    return f" ({bar.values[2]:,.0f} ms)" if word == "warm" and bar.values[2] is not None else ""
 
 
 def sampler(picture: Picture, theme: Theme) -> Sheet:

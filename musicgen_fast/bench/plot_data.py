@@ -250,7 +250,7 @@ def _quality(lines: list[Line]) -> list[Picture]:
 
 
 def _stream(lines: list[Line]) -> list[Picture]:
-    return _bars(lines, "stream", ("ttfa_cold_ms", "ttfa_ms"))
+    return _bars(lines, "stream", ("ttfa_cold_ms", "ttfa_ms", "first_chunk_ms"))
 
 
 def _bars(lines: list[Line], plot: str, fields: tuple[str, ...]) -> list[Picture]:

@@ -19,9 +19,10 @@ from torch import Tensor
 
 from ..sampling import Draw, SamplingParams, reference
 from ..sampling.noise import divides, multinomial_noise
+from .job import AbsentError
 from .latency import quantile
 from .machine import synchronize
-from .sampler_case import AbsentError, Case, first_line
+from .sampler_case import Case, first_line
 from .sampler_device import device_costs
 from .sampler_peers import COLUMNS, REFERENCE, SEED, Sampler, build, is_ours, reset, tokens_of
 

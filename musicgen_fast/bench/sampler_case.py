@@ -9,13 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["AbsentError", "Case", "DTYPES", "first_line"]
+from .job import DTYPES
 
-DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
-
-
-class AbsentError(Exception):
-    """This sampler cannot run here; says why. (Not the one of `providers.py`: that needs all that a model needs.)"""
+__all__ = ["Case", "first_line"]
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,8 @@ from torch import Tensor
 from ..sampling import Draw, SamplingParams, draw, sample
 from ..sampling.backends import BACKENDS, why_not
 from ..sampling.noise import divides, multinomial_noise
-from .sampler_case import AbsentError, Case, first_line
+from .job import AbsentError
+from .sampler_case import Case, first_line
 
 __all__ = [
     "COLUMNS", "REFERENCE", "SAMPLERS", "SEED", "Sampler", "build", "default_names", "is_ours", "reset", "tokens_of",

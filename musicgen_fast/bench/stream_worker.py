@@ -186,6 +186,15 @@ def measure(job: StreamJob) -> dict[str, Any]:
     }
 
 
+def prepare(job: StreamJob) -> dict[str, Any]:
+    """What the provider reads is written; {} or {"absent": why}."""
+    try:
+        PLAYERS[job.provider](job).prepare()
+    except AbsentError as reason:
+        return {"absent": str(reason)}
+    return {}
+
+
 def listen(player: Player, text: str, whole: bool) -> tuple[list[float], list[float]]:
     """When the chunks were there and how long they sound, seconds; the first one only unless `whole`."""
     arrivals: list[float] = []
@@ -204,7 +213,7 @@ def listen(player: Player, text: str, whole: bool) -> tuple[list[float], list[fl
 def main(task: str, fields: str) -> None:
     given = json.loads(fields)
     job = StreamJob(**{**given, "starts": tuple(given.get("starts", StreamJob.starts))})
-    print(json.dumps({"stream": measure}[task](job)))
+    print(json.dumps({"stream": measure, "prepare": prepare}[task](job)))
 
 
 if __name__ == "__main__":

@@ -8,10 +8,21 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
-__all__ = ["PRECISIONS", "add_kind", "at_least", "machine_options", "names", "output_options", "sayer", "seconds"]
+__all__ = [
+    "PRECISIONS",
+    "add_kind",
+    "at_least",
+    "machine_options",
+    "names",
+    "output_options",
+    "sayer",
+    "seconds",
+    "several",
+]
 
+T = TypeVar("T")
 PRECISIONS = ("float32", "bfloat16", "float16", "int8", "int4")
 
 
@@ -70,6 +81,11 @@ def at_least(least: int) -> Callable[[str], int]:
         return int(text)
 
     return parse
+
+
+def several(one: Callable[[str], T]) -> Callable[[str], list[T]]:
+    """Type of an option that takes values of the type `one`, separated by commas."""
+    return lambda text: list(dict.fromkeys(one(part) for part in text.split(",")))
 
 
 def seconds(text: str) -> float:

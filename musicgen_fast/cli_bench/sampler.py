@@ -5,10 +5,9 @@ from __future__ import annotations
 import argparse
 import re
 import sys
-from collections.abc import Callable
 from typing import Any
 
-from .options import add_kind, at_least, machine_options, names, output_options, sayer, seconds
+from .options import add_kind, at_least, machine_options, names, output_options, sayer, seconds, several
 
 NAME = "sampler"
 PRECISIONS = ("float32", "float16", "bfloat16")
@@ -36,10 +35,10 @@ not.
 def add(kinds: Any) -> argparse.ArgumentParser:
     """`sampler` among the kinds."""
     parser = add_kind(kinds, NAME, run, help="microseconds per draw of a column's tokens", about=_ABOUT)
-    parser.add_argument("--batch", type=_several(at_least(1)), default=[1, 16], metavar="N,...", help="default: 1,16")
-    parser.add_argument("--codebooks", type=_several(at_least(1)), default=[4], metavar="N,...", help="default: 4")
+    parser.add_argument("--batch", type=several(at_least(1)), default=[1, 16], metavar="N,...", help="default: 1,16")
+    parser.add_argument("--codebooks", type=several(at_least(1)), default=[4], metavar="N,...", help="default: 4")
     parser.add_argument(
-        "--filters", type=_several(_filter), default=["top_k250", "top_p0.9", "none"], metavar="NAMES",
+        "--filters", type=several(_filter), default=["top_k250", "top_p0.9", "none"], metavar="NAMES",
         help="none, top_kN, top_pX (default: top_k250,top_p0.9,none)",
     )  # fmt: skip
     parser.add_argument(
@@ -95,11 +94,6 @@ def run(args: argparse.Namespace) -> int:
     for sentence in wrong:
         print(f"musicgen-fast: {sentence}", file=sys.stderr)
     return 1 if wrong else 0
-
-
-def _several(parse: Callable[[str], Any]) -> Callable[[str], list[Any]]:
-    """Type of an option that takes some values, separated by commas."""
-    return lambda text: list(dict.fromkeys(parse(part) for part in text.split(",")))
 
 
 def _filter(text: str) -> str:

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
 from typing import Any
 
-from .options import PRECISIONS, add_kind, at_least, machine_options, names, output_options, sayer, seconds
+from .options import PRECISIONS, add_kind, at_least, machine_options, names, output_options, sayer, seconds, several
 
 NAME = "throughput"
 PROVIDERS = ("musicgen_fast", "transformers", "audiocraft")
@@ -43,10 +42,10 @@ def add(kinds: Any) -> argparse.ArgumentParser:
         "--longest", type=_length, default=8.0, metavar="S", help="seconds of the longest piece (default: %(default)g)"
     )
     parser.add_argument(
-        "--batches", type=_numbers(at_least(1)), default=[8, 16], metavar="N,N", help="slots of render (default: 8,16)"
+        "--batches", type=several(at_least(1)), default=[8, 16], metavar="N,N", help="slots of render (default: 8,16)"
     )
     parser.add_argument(
-        "--peer-batches", type=_numbers(at_least(1)), metavar="N,N",
+        "--peer-batches", type=several(at_least(1)), metavar="N,N",
         help="batches of transformers (default: 1 and those of --batches)",
     )  # fmt: skip
     parser.add_argument(
@@ -67,11 +66,6 @@ def _length(text: str) -> float:
     if value < 0.1:
         raise argparse.ArgumentTypeError(f"expected at least 0.1 seconds, got {text!r}")
     return value
-
-
-def _numbers(one: Callable[[str], int]) -> Callable[[str], list[int]]:
-    """Type of an option that takes numbers, separated by commas."""
-    return lambda text: list(dict.fromkeys(one(part) for part in text.split(",")))
 
 
 def run(args: argparse.Namespace) -> int:
