@@ -4,7 +4,8 @@
     python benchmarks/bench_cpu.py --sections batch,threads,busy --precision int8
 
 Blocks of steps are timed at five positions and joined by straight lines. Our decoder and OpenVINO start there with a
-cache of zeros, transformers and audiocraft with a prompt of random tokens; what that takes is not counted. Sections:
+cache of zeros, transformers and audiocraft with a prompt of random tokens, whose time is not counted; a step of
+fast-musicgen takes as long anywhere, and is timed at the beginning. Sections:
 step (all providers), and of ours: batch (8 requests at once against one), threads (1 against --threads), busy (another
 process on one core, against one thread without it).
 """

@@ -239,6 +239,7 @@ def test_a_step_that_takes_15_percent_longer_fails_the_comparison(tree: Path, tm
     checkpoint = tiny("text", dim=256, num_layers=3, num_heads=8, ffn_dim=4096, vocab_size=2048)
     model = write_transformers_folder(tmp_path / "model", checkpoint=checkpoint)
     told: list[str] = []
+    quiet = 0
     for number in range(TRIES):
         folder = tmp_path / str(number)
         folder.mkdir()
@@ -254,7 +255,8 @@ def test_a_step_that_takes_15_percent_longer_fails_the_comparison(tree: Path, tm
         if codes == [0, 0, 1, 1] and all("median is" in one.stderr for one in done[2:]):
             return
         if codes[:2] == [0, 0]:  # the machine was quiet enough to tell, and nothing was told
+            quiet += 1
             told += [f"try {number + 1}: {codes}", *(said(one) for one in done)]
-    if not told:
+    if quiet < 2:  # one such try may be chance
         pytest.skip(f"too busy a machine to time on: in {TRIES} tries the same code differed by more than 5 %")
     pytest.fail("\n".join(told))
