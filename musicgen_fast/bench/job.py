@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 
 from ..checkpoints import load_checkpoint
 from ..config import ModelConfig, named_config
 
-__all__ = ["AbsentError", "Compiled", "DTYPES", "Job", "PRECISIONS", "Run", "Step", "config_of"]
+__all__ = ["AbsentError", "Compiled", "DTYPES", "Job", "PRECISIONS", "Run", "Step", "config_of", "turns"]
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 PRECISIONS = (*DTYPES, "int8", "int4")
 
+T = TypeVar("T")
 Step = Callable[[], None]  # to be called once a step
 Run = Callable[[Step, int], object]  # generate, from this position on
 
@@ -60,6 +62,14 @@ class Job:
 
 class AbsentError(Exception):
     """This provider cannot run here; says why."""
+
+
+def turns(items: Sequence[T], rounds: int) -> Iterator[tuple[int, T]]:
+    """(round, item), every item once a round: each round begins one further, so that a slow minute falls on no one
+    item alone."""
+    for number in range(rounds):
+        first = number % max(1, len(items))
+        yield from ((number, item) for item in (*items[first:], *items[:first]))
 
 
 def config_of(model: str) -> ModelConfig:

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from .job import Job
+from .job import Job, turns
 from .parity import COMPARED
 from .providers import OURS, fitting_precision, why_absent
 from .worker import in_own_process
@@ -83,21 +83,19 @@ def run_rounds(
     """Every job once a round, in another order each; one that cannot run is not tried again."""
     rows: list[Row] = []
     absent: Absent = {}
-    for number in range(rounds):
-        turn = number % len(jobs)
-        for job in jobs[turn:] + jobs[:turn]:
-            named = job.provider, job.precision
-            if named in absent:
-                continue
-            say(f"round {number + 1} of {rounds}: {job.provider} {job.precision}")
-            reason = why_absent(job.provider)
-            result: dict[str, Any] = {"absent": reason} if reason else in_own_process(job, timeout=timeout)
-            if "absent" in result:
-                absent[named] = result["absent"]
-                continue
-            for block in result["blocks"]:
-                facts: dict[str, Any] = {name: result.get(name) for name in _OF_A_PROCESS}
-                rows.append(Row(job, number, **block, **facts))
+    for number, job in turns(jobs, rounds):
+        named = job.provider, job.precision
+        if named in absent:
+            continue
+        say(f"round {number + 1} of {rounds}: {job.provider} {job.precision}")
+        reason = why_absent(job.provider)
+        result: dict[str, Any] = {"absent": reason} if reason else in_own_process(job, timeout=timeout)
+        if "absent" in result:
+            absent[named] = result["absent"]
+            continue
+        for block in result["blocks"]:
+            facts: dict[str, Any] = {name: result.get(name) for name in _OF_A_PROCESS}
+            rows.append(Row(job, number, **block, **facts))
     return rows, absent
 
 

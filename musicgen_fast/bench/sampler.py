@@ -19,7 +19,7 @@ from torch import Tensor
 
 from ..sampling import Draw, SamplingParams, reference
 from ..sampling.noise import divides, multinomial_noise
-from .job import AbsentError
+from .job import AbsentError, turns
 from .latency import quantile
 from .machine import synchronize
 from .sampler_case import Case, first_line
@@ -127,10 +127,8 @@ def measure_case(case: Case, names: list[str], rounds: int, seconds: float, foun
             found.absent[key] = str(reason)
             if is_ours(name) and reason.__cause__ is not None:
                 found.parity[key] = False
-    for number in range(rounds):
-        turn = number % max(1, len(ready))
-        for name, sampler in ready[turn:] + ready[:turn]:
-            found.rows.append(Row(case, name, number, times(sampler, logits, seconds)))
+    for number, (name, sampler) in turns(ready, rounds):
+        found.rows.append(Row(case, name, number, times(sampler, logits, seconds)))
 
 
 def times(sampler: Sampler, logits: Tensor, seconds: float) -> list[float]:

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from .job import Job
+from .job import Job, turns
 from .latency import REFERENCE, Absent, quantile
 from .providers import OURS, why_absent
 from .worker import in_own_process
@@ -134,23 +134,21 @@ def run_rounds(
         def ask(job: StreamJob, task: str) -> dict[str, Any]:
             return in_own_process(replace(job, folder=folder), task, timeout, "stream_worker")
 
-        for number in range(rounds):
-            turn = number % len(jobs)
-            for job in jobs[turn:] + jobs[:turn]:
-                named = job.provider, job.precision
-                if named in absent:
-                    continue
-                say(f"round {number + 1} of {rounds}: {job.provider} {job.precision}")
-                reason = why_absent(job.provider)
-                answer = {"absent": reason} if reason else {}
-                if not reason and number == 0 and job.provider != OURS:
-                    answer = ask(job, "prepare")  # elsewhere: its peak memory is to hold nothing of ours
-                if "absent" not in answer:
-                    answer = ask(job, "stream")
-                if "absent" in answer:
-                    absent[named] = answer["absent"]
-                else:
-                    rows.append(Row(job, number, metrics(answer)))
+        for number, job in turns(jobs, rounds):
+            named = job.provider, job.precision
+            if named in absent:
+                continue
+            say(f"round {number + 1} of {rounds}: {job.provider} {job.precision}")
+            reason = why_absent(job.provider)
+            answer = {"absent": reason} if reason else {}
+            if not reason and number == 0 and job.provider != OURS:
+                answer = ask(job, "prepare")  # elsewhere: its peak memory is to hold nothing of ours
+            if "absent" not in answer:
+                answer = ask(job, "stream")
+            if "absent" in answer:
+                absent[named] = answer["absent"]
+            else:
+                rows.append(Row(job, number, metrics(answer)))
     return rows, absent
 
 

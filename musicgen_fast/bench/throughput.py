@@ -19,6 +19,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from .job import turns
 from .latency import REFERENCE
 from .machine import ROOT
 from .providers import OURS, fitting_precision, why_absent
@@ -96,20 +97,18 @@ def run_rounds(
     found = Found()
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
         runs = _Runs(work, Path(folder), timeout)
-        for number in range(rounds):
-            turn = number % len(every)
-            for way in every[turn:] + every[:turn]:
-                if way in found.absent:
-                    continue
-                told = f"round {number + 1} of {rounds}: {way.provider}, {way.way}, {way.batch} at once"
-                try:
-                    facts = runs.facts(way, number)
-                except _FailedError as why:
-                    found.absent[way] = str(why)
-                    say(f"{told}: absent")
-                    continue
-                found.measured.append((number, way, facts))
-                say(f"{told}: {speed(facts):.3g} seconds of audio a second")
+        for number, way in turns(every, rounds):
+            if way in found.absent:
+                continue
+            told = f"round {number + 1} of {rounds}: {way.provider}, {way.way}, {way.batch} at once"
+            try:
+                facts = runs.facts(way, number)
+            except _FailedError as why:
+                found.absent[way] = str(why)
+                say(f"{told}: absent")
+                continue
+            found.measured.append((number, way, facts))
+            say(f"{told}: {speed(facts):.3g} seconds of audio a second")
     return found
 
 
