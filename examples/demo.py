@@ -30,11 +30,13 @@ from musicgen_fast.checkpoints.write import tiny_checkpoint, write_transformers_
 from musicgen_fast.cli_output import OutputFolder
 from musicgen_fast.config import CodecConfig, ModelConfig, TextConfig
 
-# In the words that the demo model has learnt (demo_model/captions.py); together they ask for every label's every value.
+# In the words that the demo model has learnt (demo_model/captions.py); together they ask for every label's every value,
+# and one spells a melody: up the scale and down again.
 PROMPTS = (
     "a fast playful bright dense loud chiptune in major with a square wave and rock drums",
     "a slow sad dark sparse soft tune in minor with bells and no drums",
-    "calm, a flute, no percussion, in major, slow, simple, quiet, bright",
+    "calm, a flute, no percussion, in major, slow, simple, quiet, bright, notes 1 d5 - e5 - 2 f#5 - a5 - 3 b5 - d6 - "
+    "4 e6 - f#6 - 5 e6 - d6 - 6 b5 - a5 - 7 f#5 - e5 - 8 d5 - - -",
     "a fast tense dark busy strong game tune in a minor key with a chip lead and a dance beat",
     "happy, medium tempo, a glockenspiel, in a major key, rock drums, crisp, loud, dense",
     "a mysterious moderate mellow simple soft melody with a recorder and dance drums in minor",

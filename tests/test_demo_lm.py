@@ -81,7 +81,7 @@ def test_the_loss_is_the_likelihood_of_the_shipped_model(shipped, data, tokenize
     for captions in (True, False):
         batch = batches.first(6, captions)
         with torch.no_grad():
-            nats = model(*batch)
+            nats, _ = model(*batch)
         assert nats.shape == (6, 4, FRAMES)
         wanted = negative_log_likelihood(lm, batch[0], data.captions[:6] if captions else None)
         torch.testing.assert_close(nats.double().sum(2), wanted.totals, rtol=1e-5, atol=1e-3)
@@ -92,8 +92,8 @@ def test_the_loss_is_the_likelihood_of_the_shipped_model(shipped, data, tokenize
 def test_bfloat16_training_computes_nearly_the_same(shipped, data, tokenizer) -> None:
     batch = Batches(data, tokenizer, frames=FRAMES).first(4, True)
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
-        half = shipped[0](*batch)
-    torch.testing.assert_close(half.mean((0, 2)), shipped[0](*batch).mean((0, 2)), rtol=0.02, atol=0)
+        half, _ = shipped[0](*batch)
+    torch.testing.assert_close(half.mean((0, 2)), shipped[0](*batch)[0].mean((0, 2)), rtol=0.02, atol=0)
 
 
 def test_every_weight_learns(data, tokenizer) -> None:
@@ -131,10 +131,12 @@ def test_a_gradient_that_is_not_finite_ends_the_run_before_it_does_harm(data, to
     assert torch.equal(trainer.model.transformer.heads.weight, before)
 
 
-def test_weights_of_codebooks(data, tokenizer) -> None:
-    batch = Batches(data, tokenizer, size=2, frames=20).batch(0)
-    found = Trainer(Options(weights="2,1,1,0"), SIZES).advance(batch)
-    torch.testing.assert_close(found["loss"], found["books"] @ torch.tensor([0.5, 0.25, 0.25, 0.0]))
+def test_weights_of_codebooks_and_of_the_guide(data, tokenizer) -> None:
+    batch = Batches(data, tokenizer, size=8, frames=20, drop=0.0).batch(0)
+    found = Trainer(Options(weights="2,1,1,0", guide=0.5), SIZES).advance(batch)
+    books = found["books"] @ torch.tensor([0.5, 0.25, 0.25, 0.0])
+    assert found["astray"] > 1, "nats of attention, before any training"
+    torch.testing.assert_close(found["loss"], books + 0.5 * found["astray"])
     with pytest.raises(ValueError, match="4 codebooks"):
         Trainer(Options(weights="1,1"), SIZES)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ import torch
 from examples.demo_model import lm_data, tokens
 from examples.demo_model.captions import caption, demands
 from examples.demo_model.lm_data import Batches, Mixed
-from examples.demo_model.synth import compose, render
+from examples.demo_model.synth import SCALES, STEP, compose, render
 from examples.demo_model.text import SENTINELS, train_vocabulary, training_captions
 from examples.demo_model.tokens import TokenSet, encode_songs, load_codec, make_tokens, read_tokens
 from musicgen_fast.conditioning.text import TextTokenizer
@@ -68,9 +68,8 @@ def test_a_row_is_its_song_through_transformers_codec(codec, data) -> None:
 
 
 def test_rows_bring_the_labels_and_a_caption_of_their_song(data, made) -> None:
-    assert [asdict(labels) for labels in data.labels] == [asdict(compose(seed).labels) for seed in range(CLIPS)]
+    assert data.songs == tuple(compose(seed) for seed in range(CLIPS))
     assert data.captions == tuple(caption(compose(seed), seed) for seed in range(CLIPS))
-    assert caption(data.song(2), 9) == caption(compose(2), 9)
     held = read_tokens(made / "held")
     assert held.captions[0] == caption(compose(-1), -1)
     assert not np.array_equal(held.tokens[:3], data.tokens[:3])
@@ -172,8 +171,8 @@ def test_crops_begin_where_the_song_does_or_on_any_frame(data, tokenizer) -> Non
 def test_captions_are_drawn_anew_and_true_and_some_are_dropped(data, tokenizer, monkeypatch) -> None:
     texts: list[tuple[Any, str]] = []
 
-    def noted(song, seed):
-        texts.append((song.labels, caption(song, seed)))
+    def noted(song, seed, start):
+        texts.append((song.labels, caption(song, seed, start)))
         return texts[-1][1]
 
     monkeypatch.setattr(lm_data, "caption", noted)
@@ -183,6 +182,35 @@ def test_captions_are_drawn_anew_and_true_and_some_are_dropped(data, tokenizer, 
     assert len({text for _, text in texts}) > 90
     for labels, text in texts:
         assert all(getattr(labels, name) in allowed for name, allowed in demands(text).items())
+
+
+def test_each_frame_knows_where_its_step_is_spelled(data, tokenizer) -> None:
+    names = {tokenizer.ids(name)[0]: i for scale in SCALES.values() for i, (name, _) in enumerate(scale)}
+    batches = Batches(data, tokenizer, size=CLIPS, frames=40, aligned=0.0)
+    spelling = 0
+    for step in range(6):
+        crops, ids, _, _, spelled = batches.batch(step)
+        assert spelled.shape == (CLIPS, 40)
+        for place in range(CLIPS):
+            row = batches._row(step * CLIPS + place)
+            starts = [i for i in range(9) if np.array_equal(data.tokens[row, :, i : i + 40], crops[place].numpy())]
+            told = [(frame, int(at)) for frame, at in enumerate(spelled[place]) if at >= 0]
+            melody = data.songs[row].melody
+            said = [names.get(int(ids[place, at])) for _, at in told]
+            assert any(said == [melody[(start + frame) // STEP] for frame, _ in told] for start in starts)
+            spelling += len(told) > 0
+    assert spelling > 3 * CLIPS
+    first = batches.first(3, True)[4]
+    assert first.shape == (3, 40) and batches.first(3, True, 12)[4].shape == (3, 12)
+
+
+def test_a_set_whose_songs_are_composed_otherwise_now_is_refused(made, tmp_path) -> None:
+    folder = shutil.copytree(made / "held", tmp_path / "held")
+    rows = [json.loads(line) for line in (folder / "songs.jsonl").read_text().splitlines()]
+    rows[1]["tempo"] = "slow" if rows[1]["tempo"] != "slow" else "fast"
+    (folder / "songs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with pytest.raises(ValueError, match="song -2 is composed otherwise now"):
+        read_tokens(folder)
 
 
 def test_beginnings_take_their_share_of_the_steps_in_order(data, tokenizer) -> None:

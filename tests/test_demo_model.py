@@ -171,13 +171,18 @@ def test_the_language_model_predicts_held_out_songs(model, held) -> None:
 
 
 def test_captions_are_read(model, held) -> None:
-    """First half second, codebook 1: afterwards the sound itself has told what a caption says (6 nats a song)."""
-    tokens, captions = held[0][:, :, :25], held[1]
+    """Codebook 1, all of the five seconds: a caption that says all saves 0.23 nat on 64 songs of ten."""
+    tokens = held[0]
+    told = [evaluate.full_caption(compose(seed), 0) for seed in range(-CLIPS, 0)]
     own, wrong, none = (
-        negative_log_likelihood(model.lm, tokens, texts).per_codebook[0]
-        for texts in (captions, captions[1:] + captions[:1], None)
+        negative_log_likelihood(model.lm, tokens, texts).per_codebook[0] for texts in (told, told[1:] + told[:1], None)
     )
-    assert own < none and own <= wrong - 0.2
+    assert own <= none - 0.2 and own <= wrong - 0.4
+
+
+def test_a_melody_that_the_prompt_spells_is_played(model) -> None:
+    found = evaluate.melodies(model, prompts=12, seconds=5.0, top_k=100)
+    assert found["ceiling"] > 0.95 and found["cfg 3"] > 0.6 and found["of another"] < 0.3, found
 
 
 @pytest.mark.skipif(not native.available(), reason=f"packed weights need the C++ extension: {native.why_not()}")
@@ -197,6 +202,7 @@ def test_prompts_are_followed_and_three_windows_later_still(model) -> None:
     guided, later = found["cfg 3"], found["end of 30 s"]
     steered = [name for name, score in guided.items() if score["z"] >= 3]
     assert {"mode", "loudness", "brightness"} <= set(steered)
+    assert guided["brightness"]["hits"] > found["cfg 1"]["brightness"]["hits"]
     for name in ("mode", "loudness", "brightness"):
         assert guided[name]["accuracy"] >= 0.85 * found["ceiling"][name]["accuracy"]
     for name, score in guided.items():

@@ -1,16 +1,20 @@
 """Captions in plain words for the songs of synth.py, and what such a caption demands of a song.
 
+    a slow sad tune in minor with bells and no drums, notes 1 d5 - a5 c6 2 - f5 - - 3 g5 ...
+
 One lexicon serves both directions: `caption` draws from it, `demands` reads it back, so that a prompt can be scored
-against the song that a model made of it. Lower case, no punctuation but commas, about 100 words in all: a sentencepiece
-model of some 200 pieces covers them. It does not know audio.
+against the song that a model made of it. The melody is spelled in its steps of 160 ms, in numbered groups of four; "-"
+is a step on which no note begins. Lower case, no punctuation but commas, about 100 words in all: a sentencepiece model
+of some 200 pieces covers them. It does not know audio.
 """
 
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from random import Random
 
-from examples.demo_model.synth import VALUES, Labels, Song
+from examples.demo_model.synth import SCALES, STEP, VALUES, Labels, Song
 
 # Words for one label each. Of drums only the kind is here; see _SHARED.
 _LEXICON: dict[str, dict[str, tuple[str, ...]]] = {
@@ -56,20 +60,44 @@ _MOOD_WORDS: dict[str, tuple[str, ...]] = {
 }
 _SHARED = ("drums", "a beat")  # drums of any kind
 _NOUNS = ("tune", "melody", "song", "loop", "piece", "chiptune", "game tune")
+GROUP = 4  # steps of the melody behind one number
+GROUPS = 16  # that a caption spells at most: 64 steps, 10.24 s
 _ADJECTIVES = ("tempo", "mood", "brightness", "loudness", "density")
 
 Demands = dict[str, frozenset[str]]
 
 
-def caption(song: Song, seed: int) -> str:
-    """A caption that says only what is true of the song: all of it in three of ten, else about half. Pure."""
+def caption(song: Song, seed: int, start: int = 0) -> str:
+    """A caption that says only what is true of the song from frame `start` on. Pure.
+
+    Three of ten name every label, the others about half of them; eight of ten spell the melody too, of a song that has
+    one, and most of these spell all GROUPS.
+    """
     rng = Random(f"caption {seed}")
     said = _choose(song.labels, rng)
     if rng.random() < 0.4:
         phrases = list(said.values()) + rng.sample(_NOUNS, rng.randrange(2))
         rng.shuffle(phrases)
-        return ", ".join(phrases)
-    return _sentence(said, rng)
+        text = ", ".join(phrases)
+    else:
+        text = _sentence(said, rng)
+    if rng.random() < 0.2 or not song.melody:
+        return text
+    groups = GROUPS if rng.random() < 0.85 else rng.randrange(1, GROUPS)
+    return f"{text}, {spelled(melody_from(song, start, groups * GROUP), song.labels.mode)}"
+
+
+def melody_from(song: Song, start: int, steps: int) -> tuple[int | None, ...]:
+    """The melody's steps from the one that holds frame `start` on."""
+    first = start // STEP
+    return tuple(song.melody[(first + i) % len(song.melody)] for i in range(steps))
+
+
+def spelled(melody: Sequence[int | None], mode: str) -> str:
+    """How a caption spells a melody (steps of the mode's scale, None where no note begins)."""
+    names = ["-" if step is None else SCALES[mode][step][0] for step in melody]
+    groups = [names[i : i + GROUP] for i in range(0, len(names), GROUP)]
+    return " ".join(["notes", *(f"{number} {' '.join(group)}" for number, group in enumerate(groups, 1))])
 
 
 def _choose(labels: Labels, rng: Random) -> dict[str, str]:

@@ -12,7 +12,7 @@ import argparse
 import json
 import time
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -28,15 +28,15 @@ from musicgen_fast.evaluation import (
     codebook_perplexity,
     codec_figures,
     markdown_table,
-    measure,
     mu_law,
     negative_log_likelihood,
     score,
     unigram_cross_entropy,
 )
 
-from .captions import caption, demands
+from .captions import GROUP, GROUPS, caption, demands, melody_from, spelled
 from .codec_data import held_out_excerpts, held_out_songs, read_tracks
+from .melody import agreement
 from .synth import VALUES, Labels, Song, render, song_from
 from .tokens import TokenSet, read_tokens
 
@@ -82,9 +82,9 @@ def codec_markdown(found: dict[str, Any]) -> str:
 
 def likelihood(model: MusicGen, train: TokenSet, held: TokenSet, clips: int, spans: Sequence[int]) -> dict[str, Any]:
     """Nats per codebook on the first frames of held-out songs: unigram, the model without captions, with those of other
-    songs, with their own, and with captions that name every label."""
+    songs, with their own, and with captions that name every label and spell the whole melody."""
     texts = list(held.captions[:clips])
-    full = [full_caption(labels, PROMPT_SEED + 1000 * i) for i, labels in enumerate(held.labels[:clips])]
+    full = [full_caption(song, PROMPT_SEED + 1000 * i) for i, song in enumerate(held.songs[:clips])]
     found: dict[str, Any] = {"clips": len(texts)}
     for frames in spans:
         tokens = torch.from_numpy(np.asarray(held.tokens[:clips, :, :frames], dtype=np.int64))
@@ -114,19 +114,27 @@ def likelihood_table(found: dict[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def melody_table(found: dict[str, float]) -> str:
+    """Markdown, percent."""
+    names = [name for name in found if name != "prompts"]
+    rows = [names, ["---:"] * len(names), [f"{100 * found[name]:.0f}" for name in names]]
+    return "".join(f"| {' | '.join(row)} |\n" for row in rows)
+
+
 def random_labels(count: int, seed: int) -> list[Labels]:
     """Every attribute drawn alike, each on its own."""
     rng = Random(f"labels {seed}")
     return [Labels(**{name: rng.choice(values) for name, values in VALUES.items()}) for _ in range(count)]
 
 
-def full_caption(labels: Labels, seed: int) -> str:
-    """A caption that names every attribute: the first of its kind among those of the seeds from `seed` on."""
-    song = Song(labels, 1, 0, ())
+def full_caption(song: Song, seed: int) -> str:
+    """A caption that names every label, and spells the window's melody of a song that has one: the first of its kind
+    among those of the seeds from `seed` on."""
+    melody = spelled(melody_from(song, 0, GROUP * GROUPS), song.labels.mode) if song.melody else ""
     while True:
         text = caption(song, seed)
         said = demands(text)
-        if all(said.get(name) == {getattr(labels, name)} for name in VALUES):
+        if text.endswith(melody) and all(said.get(name) == {getattr(song.labels, name)} for name in VALUES):
             return text
         seed += 1
 
@@ -155,16 +163,17 @@ def adherence(model: MusicGen, prompts: int, seconds: float, top_k: int, fit_cli
     """Scores at cfg 1, 2 and 3 of `seconds`, the ceiling, and of the last part of clips three windows long."""
     frames = round(seconds * model.frame_rate)
     fitted, true = random_labels(fit_clips, 1), random_labels(prompts, 2)
-    analyser = Analyser.fitted(true_clips(model, fitted, FIT_SEED, frames), _rows(fitted), model.sample_rate)
-    ceiling = score(
-        analyser.labels(measure(true_clips(model, true, TRUE_SEED, frames), model.sample_rate)), _rows(true)
+    tempi = sorted({replace(fitted[0], tempo=tempo).bpm for tempo in VALUES["tempo"]})
+    analyser = Analyser.fitted(
+        true_clips(model, fitted, FIT_SEED, frames), _rows(fitted), model.sample_rate, candidates=tempi
     )
+    ceiling = score(analyser.labels(analyser.measure(true_clips(model, true, TRUE_SEED, frames))), _rows(true))
     wanted = random_labels(prompts, 3)
-    texts = [full_caption(labels, PROMPT_SEED + 1000 * i) for i, labels in enumerate(wanted)]
+    texts = [full_caption(Song(labels), PROMPT_SEED + 1000 * i) for i, labels in enumerate(wanted)]
     columns: dict[str, dict[str, Score]] = {}
 
     def judge(name: str, clips: Sequence[Tensor], labels: Sequence[Labels]) -> None:
-        columns[name] = score(analyser.labels(measure(clips, model.sample_rate)), _rows(labels))
+        columns[name] = score(analyser.labels(analyser.measure(clips)), _rows(labels))
 
     for cfg in (1.0, 2.0, 3.0):
         model.set_generation_params(duration=seconds, top_k=top_k, cfg_coef=cfg)
@@ -184,6 +193,31 @@ def adherence(model: MusicGen, prompts: int, seconds: float, top_k: int, fit_cli
         "ceiling": _numbers(ceiling),
         **{name: _numbers(scores) for name, scores in columns.items()},
     }
+
+
+def melodies(model: MusicGen, prompts: int, seconds: float, top_k: int) -> dict[str, float]:
+    """Shares of the steps in which the spelled note is heard: in true songs through the codec, in pieces at cfg 1 and
+    3; and in those at cfg 3 of the melody of another prompt, which is what chance makes."""
+    labels = random_labels(prompts, 4)
+    songs = [song_from(each, TRUE_SEED + 10_000 + i) for i, each in enumerate(labels)]
+    texts = [full_caption(song, PROMPT_SEED + 1000 * i) for i, song in enumerate(songs)]
+
+    def mean(clips: Sequence[Tensor], played: Sequence[Song]) -> float:
+        pairs = zip(clips, played, strict=True)
+        return float(np.mean([agreement(clip.numpy(), song.melody, song.labels.mode) for clip, song in pairs]))
+
+    frames = round(seconds * model.frame_rate)
+    found = {"ceiling": mean(true_clips(model, labels, TRUE_SEED + 10_000, frames), songs)}
+    for cfg in (1.0, 3.0):
+        model.set_generation_params(duration=seconds, top_k=top_k, cfg_coef=cfg)
+        clips = generated_clips(model, texts, 13)
+        found[f"cfg {cfg:g}"] = mean(clips, songs)
+    # Another song of the same mode: a scale has its own notes.
+    others = [
+        next(other for other in songs[i + 1 :] + songs[:i] if other.labels.mode == song.labels.mode)
+        for i, song in enumerate(songs)
+    ]
+    return found | {"of another": mean(clips, others), "prompts": prompts}
 
 
 def _rows(labels: Sequence[Labels]) -> list[dict[str, str]]:
@@ -221,6 +255,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     report["likelihood"] = likelihood(model, train, held, args.clips, args.spans)
     print(likelihood_table(report["likelihood"]), flush=True)
     report["adherence"] = adherence(model, args.prompts, args.seconds, args.top_k, args.fit_clips)
+    report["melody"] = melodies(model, args.prompts // 2, args.seconds, args.top_k)
+    print(melody_table(report["melody"]), flush=True)
     args.out.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
     print(f"{args.out} after {time.monotonic() - began:.0f} s")
     return 0

@@ -3,12 +3,13 @@
 Mono, 16 kHz. Everything is locked to the codec's frames of 320 samples (20 ms): notes start on a frame with their phase
 at zero and last whole frames, and pitches are tuned (just intonation) to multiples of 25 Hz, so a held note repeats
 after one or two frames and crosses zero at every frame border. The same event therefore gives the same samples, and
-nearly the same tokens, wherever it stands. Audio is float32 [samples] in (-1, 1).
-It does not know the codec, the language model or the captions (those are in captions.py).
+nearly the same tokens, wherever it stands. Audio is float32 [samples] in (-1, 1). It does not know the codec, the
+language model or the captions (those are in captions.py).
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from functools import lru_cache
 from random import Random
@@ -20,8 +21,9 @@ Wave = NDArray[np.float32]
 
 RATE = 16000  # samples per second
 FRAME = 320  # samples in a codec frame, 20 ms
-BARS = 4  # bars in the loop that a song repeats
-SIXTEENTHS = 16  # in a bar
+BEATS = 4  # in a bar
+STEP = 8  # frames in a step of the melody, 160 ms at every tempo: a beat has four, three or two of them
+STEPS = 192  # in a melody, 30.72 s: whole rounds of the accompaniment at every tempo
 
 VALUES: dict[str, tuple[str, ...]] = {
     "tempo": ("slow", "medium", "fast"),
@@ -34,8 +36,8 @@ VALUES: dict[str, tuple[str, ...]] = {
 }
 """Every label and the values that it may have."""
 
-_FRAMES_PER_SIXTEENTH = {"slow": 10, "medium": 6, "fast": 4}
-_GAIN = {"soft": 0.5, "loud": 1.0}  # to the bit 6.02 dB; at 0.25 soft songs share a few codes: too little energy
+_FRAMES_PER_BEAT = {"slow": 32, "medium": 24, "fast": 16}
+_GAIN = {"soft": 0.5, "loud": 1.0}  # 6.02 dB to the bit; at 0.25 soft songs share a few codes: too little energy
 _MOODS = {
     ("major", "slow"): "calm",
     ("major", "medium"): "happy",
@@ -47,42 +49,34 @@ _MOODS = {
 
 # Five notes a mode over the same 600 Hz (about D5), and on upwards. The minor third is 7/6 and the minor seventh 7/4:
 # the usual 6/5 and 9/5 would repeat only every five frames, and 7/6 lies further from the major third.
-_SCALE: dict[str, tuple[int, ...]] = {
-    "major": (600, 675, 750, 900, 1000, 1200, 1350, 1500),
-    "minor": (600, 700, 800, 900, 1050, 1200, 1400, 1600),
+SCALES: dict[str, tuple[tuple[str, int], ...]] = {
+    "major": tuple(zip("d5 e5 f#5 a5 b5 d6 e6 f#6".split(), (600, 675, 750, 900, 1000, 1200, 1350, 1500), strict=True)),
+    "minor": tuple(zip("d5 f5 g5 a5 c6 d6 f6 g6".split(), (600, 700, 800, 900, 1050, 1200, 1400, 1600), strict=True)),
 }
-# Bass, pad and the steps of _SCALE that belong to the chord; thirds that are not on the 25 Hz grid are left out.
-_CHORDS: dict[str, tuple[int, tuple[int, ...], tuple[int, ...]]] = {
-    "I": (150, (300, 375, 450), (0, 2, 3, 5, 7)),
-    "IV": (200, (300, 400, 500), (0, 4, 5)),
-    "V": (225, (450, 675), (1, 3, 6)),
-    "vi": (250, (300, 375, 500), (0, 2, 4, 5, 7)),
-    "i": (150, (300, 350, 450), (0, 1, 3, 5, 6)),
-    "III": (175, (350, 525), (1, 4, 6)),
-    "iv": (200, (300, 400), (0, 2, 5, 7)),
-    "v": (225, (450, 525, 675), (3, 4)),
+"""The notes that a melody may have, from the lowest on: name and Hz."""
+# Bass and pad; thirds that are not on the 25 Hz grid are left out.
+_CHORDS: dict[str, tuple[int, tuple[int, ...]]] = {
+    "I": (150, (300, 375, 450)),
+    "IV": (200, (300, 400, 500)),
+    "V": (225, (450, 675)),
+    "vi": (250, (300, 375, 500)),
+    "i": (150, (300, 350, 450)),
+    "III": (175, (350, 525)),
+    "iv": (200, (300, 400)),
+    "v": (225, (450, 525, 675)),
 }
 _PROGRESSIONS = {
     "major": (("I", "vi", "IV", "V"), ("I", "V", "vi", "IV"), ("I", "IV", "V", "I")),
     "minor": (("i", "III", "iv", "v"), ("i", "iv", "v", "i"), ("i", "v", "III", "iv")),
 }
-_EIGHTHS = tuple(range(0, SIXTEENTHS, 2))
-# Onsets of the lead in a bar. They depend on the tempo so that density means notes per second (at most 2.4 against at
-# least 3.7), not notes per bar.
-_RHYTHMS: dict[tuple[str, str], tuple[tuple[int, ...], ...]] = {
-    ("sparse", "slow"): ((0, 4, 8, 12), (0, 4, 8)),
-    ("sparse", "medium"): ((0, 4, 8, 12), (0, 8, 12)),
-    ("sparse", "fast"): ((0, 8), (0, 8, 12)),
-    ("dense", "slow"): (tuple(range(SIXTEENTHS)), (0, 2, 3, 4, 6, 7, 8, 10, 11, 12, 14, 15)),
-    ("dense", "medium"): (_EIGHTHS, (0, 2, 3, 4, 6, 8, 10, 11, 12, 14)),
-    ("dense", "fast"): (_EIGHTHS, (0, 2, 4, 8, 10, 12)),
-}
-_CONTOURS = ((0, 1, 2, 1), (0, 1, 2, 3), (3, 2, 1, 0), (0, 2, 1, 3), (0, 2, 0, 2), (1, 0, 1, 2))
-# One hit at a time and at least eight frames apart, so that drums never overlap each other.
-_DRUMS: dict[str, dict[str, tuple[int, ...]]] = {
+# How likely a note of the melody begins on a step that is a beat, and on any other: 2.7 to 3.1 and 5.2 to 5.3 notes a
+# second, whatever the tempo.
+_ONSETS = {"sparse": (0.6, 0.4), "dense": (0.9, 0.8)}
+# Beats of the bar, halves between them. One hit at a time and at least eight frames apart: drums never overlap.
+_DRUMS: dict[str, dict[str, tuple[float, ...]]] = {
     "off": {},
-    "rock": {"kick": (0, 8), "snare": (4, 12), "hat": (2, 6, 10, 14)},
-    "dance": {"kick": (0, 4, 8, 12), "hat": (2, 6, 10, 14)},
+    "rock": {"kick": (0, 2), "snare": (1, 3), "hat": (0.5, 1.5, 2.5, 3.5)},
+    "dance": {"kick": (0, 1, 2, 3), "hat": (0.5, 1.5, 2.5, 3.5)},
 }
 _DRUM_FRAMES = {"kick": 6, "snare": 6, "hat": 2}
 
@@ -122,14 +116,14 @@ class Labels:
                 raise ValueError(f"{field.name} must be one of {', '.join(VALUES[field.name])}, not {value!r}")
 
     @property
-    def sixteenth(self) -> int:
-        """Frames in a sixteenth note."""
-        return _FRAMES_PER_SIXTEENTH[self.tempo]
+    def beat(self) -> int:
+        """Frames in a beat (a quarter note)."""
+        return _FRAMES_PER_BEAT[self.tempo]
 
     @property
     def bpm(self) -> float:
-        """Beats (quarter notes) per minute, exact: 75, 125 or 187.5."""
-        return 60 * RATE / (4 * self.sixteenth * FRAME)
+        """Beats per minute, exact: 93.75, 125 or 187.5."""
+        return 60 * RATE / (self.beat * FRAME)
 
     @property
     def mood(self) -> str:
@@ -139,7 +133,7 @@ class Labels:
 
 @dataclass(frozen=True)
 class Note:
-    """One event. start and length in frames from the beginning of the loop; hz is empty for drums, a chord for pads."""
+    """One event. start and length in frames from the beginning; hz is empty for drums, a chord for pads."""
 
     voice: str
     start: int
@@ -149,12 +143,21 @@ class Note:
 
 @dataclass(frozen=True)
 class Song:
-    """Labels, the notes of a loop of `loop` frames, and the frame of the loop that a rendering begins with."""
+    """A melody over chords; each of them is repeated, as often as a rendering needs.
+
+    Attributes:
+        melody: for each step of STEP frames the note of SCALES that begins there, None where none does.
+        chords: one a bar.
+    """
 
     labels: Labels
-    loop: int
-    start: int
-    notes: tuple[Note, ...]
+    melody: tuple[int | None, ...] = ()
+    chords: tuple[str, ...] = ()
+
+    @property
+    def loop(self) -> int:
+        """Frames in a round of the chords."""
+        return len(self.chords) * BEATS * self.labels.beat
 
 
 def compose(seed: int) -> Song:
@@ -166,57 +169,67 @@ def compose(seed: int) -> Song:
 
 
 def song_from(labels: Labels, seed: int) -> Song:
-    """A song with these labels: chords, two motifs (A A B A) and the start are drawn. Pure in its arguments.
+    """A song with these labels; chords and melody are drawn. Pure in its arguments.
 
-    Half of all songs start with the loop, the others on any of its sixteenths.
+    Any note may follow any other (in a scale of five they get along) and nothing comes twice: what a melody will be is
+    told by a caption that spells it, and by nothing else. 64 steps, the model's window, hold 100 nats where the song is
+    sparse and 132 where it is dense; all the labels together hold 6.
     """
     rng = Random(f"song {seed}")
-    bar = SIXTEENTHS * labels.sixteenth
     chords = rng.choice(_PROGRESSIONS[labels.mode])
-    motif_a, motif_b = _motif(rng, labels), _motif(rng, labels)
-    notes: list[Note] = []
-    for i, (chord, motif) in enumerate(zip(chords, (motif_a, motif_a, motif_b, motif_a), strict=True)):
-        notes += _bar(labels, i * bar, chord, motif)
-    start = rng.choice((0, rng.randrange(BARS * SIXTEENTHS))) * labels.sixteenth
-    return Song(labels, BARS * bar, start, tuple(notes))
+    (on_beat, between), notes = _ONSETS[labels.density], range(len(SCALES[labels.mode]))
+    last = rng.choice(notes)
+    melody: list[int | None] = [last]
+    for step in range(1, STEPS):
+        begins = rng.random() < (between if step * STEP % labels.beat else on_beat)
+        if begins:
+            last = rng.choice([note for note in notes if note != last])
+        melody.append(last if begins else None)
+    return Song(labels, tuple(melody), chords)
 
 
-def _motif(rng: Random, labels: Labels) -> tuple[tuple[int, int], ...]:
-    """(sixteenth, step of the scale) of each note in a bar, before it meets a chord."""
-    rhythm = rng.choice(_RHYTHMS[labels.density, labels.tempo])
-    contour, base = rng.choice(_CONTOURS), rng.choice((0, 2, 4))
-    return tuple((onset, base + contour[i % len(contour)]) for i, onset in enumerate(rhythm))
-
-
-def _bar(labels: Labels, start: int, chord: str, motif: tuple[tuple[int, int], ...]) -> list[Note]:
-    unit = labels.sixteenth
-    root, pad, tones = _CHORDS[chord]
-    notes = [Note("pad", start, SIXTEENTHS * unit, pad)]
-    notes += [Note("bass", start + beat * 4 * unit, 4 * unit, (root,)) for beat in range(4)]
-    ends = [onset for onset, _ in motif[1:]] + [SIXTEENTHS]
-    for (onset, step), end in zip(motif, ends, strict=True):
-        if onset % 4 == 0:  # on the beat: the nearest note of the chord
-            step = min(tones, key=lambda tone: (abs(tone - step), tone))
-        hz = _SCALE[labels.mode][step]
-        notes.append(Note(labels.instrument, start + onset * unit, (end - onset) * unit, (hz,)))
-    for drum, onsets in _DRUMS[labels.drums].items():
-        notes += [Note(drum, start + onset * unit, _DRUM_FRAMES[drum]) for onset in onsets]
+def accompaniment(song: Song) -> list[Note]:
+    """Pad, bass and drums of one round of the chords."""
+    beat, bar, notes = song.labels.beat, BEATS * song.labels.beat, []
+    for i, chord in enumerate(song.chords):
+        root, pad = _CHORDS[chord]
+        notes.append(Note("pad", i * bar, bar, pad))
+        notes += [Note("bass", i * bar + each * beat, beat, (root,)) for each in range(BEATS)]
+        for drum, beats in _DRUMS[song.labels.drums].items():
+            notes += [Note(drum, i * bar + int(each * beat), _DRUM_FRAMES[drum]) for each in beats]
     return notes
 
 
+def lead(song: Song) -> list[Note]:
+    """The melody's notes; each lasts until the next one begins."""
+    begun = [(step, note) for step, note in enumerate(song.melody) if note is not None]
+    ends = [*(step for step, _ in begun[1:]), len(song.melody)]
+    scale, voice = SCALES[song.labels.mode], song.labels.instrument
+    return [
+        Note(voice, step * STEP, (end - step) * STEP, (scale[note][1],))
+        for (step, note), end in zip(begun, ends, strict=True)
+    ]
+
+
 def render(song: Song, frames: int) -> Wave:
-    """`frames` frames of the song from its start, the loop repeating as often as needed: float32 [frames * FRAME]."""
+    """The song's first `frames` frames: float32 [frames * FRAME]."""
     if frames < 1:
         raise ValueError(f"frames must be at least 1, not {frames}")
-    loop = np.zeros(song.loop * FRAME, np.float32)
-    for note in song.notes:
-        begin, samples = note.start * FRAME, note_samples(note.voice, song.labels.brightness, note.hz, note.length)
-        loop[begin : begin + samples.size] += samples
-    loop *= np.float32(_GAIN[song.labels.loudness])
-    return np.resize(np.roll(loop, -song.start * FRAME), frames * FRAME)  # np.resize repeats what it is given
+    wav = mixed(accompaniment(song), song.loop, song.labels.brightness, frames)
+    wav += mixed(lead(song), len(song.melody) * STEP, song.labels.brightness, frames)
+    return wav * np.float32(_GAIN[song.labels.loudness])
 
 
-@lru_cache(maxsize=4096)  # all there is comes to 918 waves, 36 MB; one takes 1.4 ms to make
+def mixed(notes: Sequence[Note], length: int, brightness: str, frames: int) -> Wave:
+    """The notes at the level of a loud song, float32 [frames * FRAME]; they are repeated every `length` frames."""
+    part = np.zeros(length * FRAME, np.float32)
+    for note in notes:
+        begin, samples = note.start * FRAME, note_samples(note.voice, brightness, note.hz, note.length)
+        part[begin : begin + samples.size] += samples
+    return np.resize(part, frames * FRAME)  # np.resize repeats what it is given; of nothing it makes zeros
+
+
+@lru_cache(maxsize=4096)  # one takes 1.4 ms to make
 def note_samples(voice: str, brightness: str, hz: tuple[int, ...], length: int) -> Wave:
     """One note at the level of a loud song, float32 [length * FRAME]. Shared between callers, so read-only."""
     made = _drum(voice, brightness, length) if voice in _DRUM_FRAMES else _tone(voice, brightness, hz, length)
@@ -254,7 +267,7 @@ def _envelope(voice: str, length: int) -> NDArray[np.float64]:
     if voice == "bell":
         levels = np.maximum(2.0 ** (-border / 5), 0.15)
     elif voice == "flute":
-        levels = np.minimum(border / 2, 1.0)
+        levels = np.minimum(0.5 + border / 4, 1.0)
     else:  # chip and bass: an accent of five frames
         levels = np.maximum(1 - border / 8, 0.4)
     levels[-1] = 0.0

@@ -18,7 +18,7 @@ from .captions import caption
 from .synth import compose
 
 SENTINELS = 100  # ids behind the pieces that both tokenizers add; nothing was trained for them, but one can type them
-_REQUIRED = string.ascii_lowercase + string.digits + ",.-'"  # a word that no caption has is spelled, not <unk>
+_REQUIRED = string.ascii_lowercase + string.digits + ",.-'#"  # a word that no caption has is spelled, not <unk>
 _CAPTIONS = 4000  # training texts: each of the lexicon's words occurs in at least a hundred
 
 
@@ -29,7 +29,11 @@ def training_captions(count: int = _CAPTIONS) -> list[str]:
 
 def train_vocabulary(texts: Iterable[str], size: int = 200) -> bytes:
     """The content of spiece.model: upper case is folded, and words that no caption has can be spelled."""
-    return write.train_vocabulary(texts, size, fold_case=True, characters=_REQUIRED)
+    texts = list(texts)
+    # Pieces grow from strings that two different words share; with a comma behind it, every word is such a string.
+    words = sorted({word.strip(",") for text in texts for word in text.split()})
+    texts += [", ".join([*words, ""])] * 2
+    return write.train_vocabulary(texts, size, fold_case=True, characters=_REQUIRED, mixed_words=True)
 
 
 def write_tokenizer(folder: Path, model: bytes) -> None:

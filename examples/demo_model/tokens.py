@@ -26,9 +26,9 @@ from torch import Tensor
 from musicgen_fast.codec import EnCodec
 
 from .captions import caption
-from .synth import FRAME, RATE, Labels, Song, compose, render
+from .synth import FRAME, RATE, Song, compose, render
 
-_FORMAT = 1
+_FORMAT = 2
 _TAIL = 8  # frames rendered past a clip's end and dropped: the codec looks ahead, and a song does not end there
 
 
@@ -38,19 +38,15 @@ class TokenSet:
 
     Attributes:
         tokens: int16 [N, K, T], memory-mapped, read-only.
-        labels: of each row.
-        captions: one of each row; more come from `captions.caption(Song(labels, ...), seed)`.
+        songs: of each row.
+        captions: one of each row; more come from `captions.caption`.
         codes: entries of a codebook.
     """
 
     tokens: NDArray[np.int16]
-    labels: tuple[Labels, ...]
+    songs: tuple[Song, ...]
     captions: tuple[str, ...]
     codes: int
-
-    def song(self, row: int) -> Song:
-        """A song with the row's labels, for captions: it has no notes."""
-        return Song(self.labels[row], 1, 0, ())
 
 
 def load_codec(folder: Path) -> EnCodec:
@@ -158,8 +154,11 @@ def read_tokens(folder: Path) -> TokenSet:
     tokens = np.load(folder / "tokens.npy", mmap_mode="r")
     rows = [json.loads(line) for line in (folder / "songs.jsonl").read_text(encoding="utf-8").splitlines()]
     captions = tuple(row.pop("caption") for row in rows)
-    labels = tuple(Labels(**{name: value for name, value in row.items() if name != "seed"}) for row in rows)
-    return TokenSet(tokens, labels, captions, meta["codes"])
+    songs = tuple(compose(row["seed"]) for row in rows)
+    for row, song in zip(rows, songs, strict=True):
+        if {"seed": row["seed"], **asdict(song.labels)} != row:
+            raise ValueError(f"{folder}: song {row['seed']} is composed otherwise now; make the tokens again")
+    return TokenSet(tokens, songs, captions, meta["codes"])
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -196,11 +196,13 @@ def write_vocabulary(folder: Path, captions: Iterable[str] = _LINES, size: int =
     (folder / "spiece.model").write_bytes(train_vocabulary(captions, size))
 
 
-def train_vocabulary(captions: Iterable[str], size: int, *, fold_case: bool = False, characters: str = "") -> bytes:
+def train_vocabulary(
+    captions: Iterable[str], size: int, *, fold_case: bool = False, characters: str = "", mixed_words: bool = False
+) -> bytes:
     """The content of a spiece.model: unigrams, at most `size` pieces, T5's <pad> 0, </s> 1, <unk> 2. Deterministic.
 
     `fold_case` reads capitals as small letters (the table for it takes 240 kB); `characters` become pieces though no
-    caption holds them.
+    caption holds them; `mixed_words` allows pieces of letters and digits ("f#5").
     """
     import sentencepiece
 
@@ -211,6 +213,8 @@ def train_vocabulary(captions: Iterable[str], size: int, *, fold_case: bool = Fa
         model_type="unigram",
         vocab_size=size,
         hard_vocab_limit=False,
+        split_by_number=not mixed_words,
+        split_by_unicode_script=not mixed_words,
         normalization_rule_name="nmt_nfkc_cf" if fold_case else "nmt_nfkc",
         required_chars=characters,
         character_coverage=1.0 if characters else 0.9995,
