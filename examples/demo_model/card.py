@@ -50,7 +50,7 @@ note begins. In major the notes are d5 e5 f#5 a5 b5 d6 e6 f#6, in minor d5 f5 g5
 window. Without notes it makes up its own.
 
 ```python
-model.generate(["a calm flute in major, slow, no drums, notes 1 d5 - e5 - 2 f#5 - a5 - 3 b5 - d6 - 4 e6 - f#6 -"])
+model.generate(["a slow calm tune in major with a flute, notes 1 d5 - e5 - 2 f#5 - a5 - 3 b5 - d6 - 4 e6 - f#6 -"])
 ```
 
 ## Data and licence
