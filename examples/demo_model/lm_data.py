@@ -114,9 +114,9 @@ class Batches:
 class Mixed:
     """Long crops, and now and then a batch of beginnings: there the caption has something to say.
 
-    A caption holds some 6 nats, and after half a second the sound itself has told them all: who trains on long crops
-    alone learns to read the past and to ignore the text. Of several widths, since brightness is heard in the first
-    frame, and the tempo in the first beat.
+    The labels hold some 6 nats, and after half a second the sound itself has told most of them: who trains on long
+    crops alone learns to read the past and the melody, and to ignore the labels. Of several widths, since brightness is
+    heard in the first frame, and the tempo in the first beat.
 
     Args:
         short: beginnings of songs, of one width each; they take turns.

@@ -51,7 +51,7 @@ class Options:
     text_ffn: int = Sizes.text_ffn
     batch: int = 16
     frames: int = 512  # in a crop, 10.24 s
-    aligned: float = 0.5  # share of crops that begin where the song does, on a sixteenth; the others on any frame
+    aligned: float = 0.5  # share of crops that begin where the song does; half of the others on a step
     drop: float = 0.15  # share of captions that are dropped, for guidance
     beginnings: str = ""  # a token set of short clips: the first second or two of many songs
     start: str = "8,32,72"  # frames of them, in turn
