@@ -75,7 +75,8 @@ whole melody. Captions that say all save {saved:.2f} nat on codebook 1, those as
 Prompts that name every attribute, {prompts} of them, {seconds:g} s each at top-k {top_k}: how often an analyser hears
 what was asked for, in percent with its standard error; z is the distance from chance in standard errors. The ceiling is
 the same analyser on true songs through the codec. The last column judges the end of pieces three windows long, {late}
-of them. From cfg 1 to cfg 3, with the same prompts and seeds, clips are won and lost: {moved}.
+of them. From cfg 1 to cfg 3, with the same prompts and seeds, clips are won and lost:
+{moved}.
 
 {adherence}
 
