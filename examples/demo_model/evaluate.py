@@ -168,15 +168,16 @@ def adherence(model: MusicGen, prompts: int, seconds: float, top_k: int, fit_cli
     analyser = Analyser.fitted(
         true_clips(model, fitted, FIT_SEED, frames), _rows(fitted), model.sample_rate, candidates=tempi
     )
-    ceiling = score(analyser.labels(analyser.measure(true_clips(model, true, TRUE_SEED, frames))), _rows(true))
+    judged = _told(analyser.labels(analyser.measure(true_clips(model, true, TRUE_SEED, frames))))
+    ceiling = score(judged, _told(_rows(true)))
     wanted = random_labels(prompts, 3)
     texts = [full_caption(Song(labels), PROMPT_SEED + 1000 * i) for i, labels in enumerate(wanted)]
     columns: dict[str, dict[str, Score]] = {}
     heard: dict[str, list[dict[str, str]]] = {}
 
     def judge(name: str, clips: Sequence[Tensor], labels: Sequence[Labels]) -> None:
-        heard[name] = analyser.labels(analyser.measure(clips))
-        columns[name] = score(heard[name], _rows(labels))
+        heard[name] = _told(analyser.labels(analyser.measure(clips)))
+        columns[name] = score(heard[name], _told(_rows(labels)))
 
     for cfg in (1.0, 2.0, 3.0):
         model.set_generation_params(duration=seconds, top_k=top_k, cfg_coef=cfg)
@@ -194,7 +195,7 @@ def adherence(model: MusicGen, prompts: int, seconds: float, top_k: int, fit_cli
         "top_k": top_k,
         "analyser clips": fit_clips,
         "ceiling": _numbers(ceiling),
-        "won, lost": won_and_lost(heard["cfg 1"], heard["cfg 3"], _rows(wanted)),
+        "won, lost": won_and_lost(heard["cfg 1"], heard["cfg 3"], _told(_rows(wanted))),
         **{name: _numbers(scores) for name, scores in columns.items()},
     }
 
@@ -240,6 +241,11 @@ def melodies(model: MusicGen, prompts: int, seconds: float, top_k: int) -> dict[
 
 def _rows(labels: Sequence[Labels]) -> list[dict[str, str]]:
     return [asdict(row) for row in labels]
+
+
+def _told(rows: Sequence[Mapping[str, str]]) -> list[dict[str, str]]:
+    """The labels, and whether there are drums at all."""
+    return [{**row, "drums or none": "none" if row["drums"] == "off" else "drums"} for row in rows]
 
 
 def _numbers(scores: dict[str, Score]) -> dict[str, dict[str, float]]:
