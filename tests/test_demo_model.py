@@ -196,12 +196,17 @@ def test_a_lower_precision_predicts_nearly_as_well(model, held, precision: str, 
     assert math.isclose(found, exact, rel_tol=most) and found != exact
 
 
+STEERED = ("drums or none", "tempo", "brightness", "density", "loudness")
+
+
 @pytest.mark.slow
 def test_prompts_are_followed_and_three_windows_later_still(model) -> None:
+    """Of these 256 prompts. The limits were set after they had been judged; of other prompts only density surely rises,
+    and drums or none loses 10 to 11 points over the windows (examples/demo_model/README.md)."""
     found = evaluate.adherence(model, prompts=256, seconds=6.0, top_k=100, fit_clips=400)
     plain, guided, later = found["cfg 1"], found["cfg 3"], found["end of 30 s"]
     assert all(score["z"] >= 3 for score in guided.values()), guided
-    risen = {name for name, score in guided.items() if score["hits"] > plain[name]["hits"]}
+    risen = {name for name in STEERED if guided[name]["hits"] > plain[name]["hits"]}
     assert len(risen) >= 3, found["won, lost"]
     won, lost = found["won, lost"]["density"]  # the others are at their ceiling, or hardly steered (the card tells)
     assert won - lost > 3 * (won + lost) ** 0.5, (won, lost)
